@@ -1,0 +1,1 @@
+"""Models of the server and inferences from data. No clock, no randomness of its own, no network."""

@@ -1,0 +1,107 @@
+"""Record streams as tidy frames on one clock: seconds since the start of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis.engine import EngineSample
+from loadgen.records import RequestRecord, Run
+
+REQUEST_TIMES = ("scheduled", "sent", "first_token", "last_token")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFrames:
+    """One run, ready for analysis.
+
+    ``requests``: one row per request, in order of arrival; columns ``id``, ``scheduled_s``, ``sent_s``,
+    ``first_token_s``, ``last_token_s`` (NaN where it did not happen), the token columns of
+    `RequestRecord` and ``outcome``. ``engine``: one row per sample; ``t_s``, ``read_s`` and the gauges and
+    counters of `EngineSample`. ``gpu``: one row per sample and GPU, empty where there is none.
+    ``end_s`` is when the load and the observation ended, at most ``run.horizon_s``.
+    """
+
+    run: Run
+    end_s: float
+    requests: pd.DataFrame
+    engine: pd.DataFrame
+    gpu: pd.DataFrame
+
+
+def run_frames(
+    run: Run,
+    start_ns: int,
+    end_ns: int,
+    records: Sequence[RequestRecord],
+    samples: Sequence[EngineSample],
+    gpu: Sequence[Mapping[str, Any]] = (),
+) -> RunFrames:
+    """Put one run's records on a clock that starts at ``start_ns``."""
+    names = [f.name for f in fields(RequestRecord)]
+    requests = pd.DataFrame([asdict(r) for r in records], columns=names)
+    for name in REQUEST_TIMES:
+        column = pd.to_numeric(requests.pop(f"{name}_ns"))
+        requests[f"{name}_s"] = (column - start_ns) / 1e9
+    requests = requests.sort_values("scheduled_s", kind="stable", ignore_index=True)
+    engine = pd.DataFrame(
+        [asdict(s) for s in samples], columns=[f.name for f in fields(EngineSample)]
+    )
+    engine["t_s"] = (engine.pop("t_ns") - start_ns) / 1e9
+    engine["read_s"] = (engine.pop("read_ns") - start_ns) / 1e9
+    gpu_frame = pd.DataFrame(list(gpu))
+    if len(gpu_frame):
+        gpu_frame["t_s"] = (gpu_frame.pop("t_ns") - start_ns) / 1e9
+    end_s = min((end_ns - start_ns) / 1e9, run.horizon_s)
+    return RunFrames(run, end_s, requests, engine, gpu_frame)
+
+
+def departures_s(frames: RunFrames) -> NDArray[np.float64]:
+    """Sorted instants at which requests left the system before the end of the run, shape (k,).
+
+    Completed requests leave with their last token; a rejected or failed one is counted out at its
+    arrival, so that it never stands in N(t).
+    """
+    requests = frames.requests
+    left = requests["last_token_s"].where(requests["outcome"] == "completed")
+    gone = requests["outcome"].isin(["rejected", "failed", "timed_out"])
+    left = left.where(~gone, requests["scheduled_s"])
+    instants = left.to_numpy(dtype=float)
+    return np.sort(instants[instants <= frames.end_s])
+
+
+def number_in_system(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.int64]:
+    """N(t) = scheduled minus departed at each instant, seen from the client; shape of ``at_s``."""
+    arrived = np.searchsorted(frames.requests["scheduled_s"].to_numpy(dtype=float), at_s, "right")
+    departed = np.searchsorted(departures_s(frames), at_s, "right")
+    result: NDArray[np.int64] = arrived - departed
+    return result
+
+
+def tokens_received(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Output tokens that each started request has received until each instant.
+
+    Shape (started requests, instants), rows in the order of `started`. Between its first and its last
+    token a request is taken to progress evenly.
+    """
+    begun = started(frames)
+    first, last, got = (
+        begun[column].to_numpy(dtype=float)[:, None]
+        for column in ("first_token_s", "last_token_s", "output_tokens")
+    )
+    progress = np.clip((at_s[None, :] - first) / np.maximum(last - first, 1e-9), 0.0, 1.0)
+    result: NDArray[np.float64] = np.where(
+        at_s[None, :] >= first, 1.0 + (got - 1.0) * progress, 0.0
+    )
+    return result
+
+
+def started(frames: RunFrames) -> pd.DataFrame:
+    """The requests that received at least one token."""
+    requests = frames.requests
+    return requests[requests["first_token_s"].notna() & (requests["output_tokens"] > 0)]

@@ -1,0 +1,118 @@
+"""Which figures a report shows, and the sentence under each that says how its numbers were got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from analysis import figures
+from analysis.figure_style import run_colors
+from analysis.figures import Pair
+from analysis.figures_of_rates import drift_against_rate, forest
+from analysis.formatting import percent
+from analysis.frames import RunFrames
+from analysis.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One figure with its own caption, which may be empty where the group's says it all."""
+
+    svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FigureGroup:
+    """Figures of one kind side by side; ``wide``: two in a row, else three."""
+
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    wide: bool
+
+
+def figure_groups(verdict: Verdict, runs: Sequence[RunFrames]) -> list[FigureGroup]:
+    """All figures that the records allow; runs are matched to their judgements by id."""
+    by_id = {frames.run.id: frames for frames in runs}
+    pairs = [(by_id[run.id], run) for run in verdict.runs if run.id in by_id]
+    groups = [_rates(verdict)]
+    if pairs:
+        groups += [_number_in_system(pairs), _engine(pairs), _client(pairs)]
+    gpu = [figures.gpu_over_time(*pair) for pair in pairs]
+    panels = tuple(_panel(svg) for svg in gpu if svg is not None)
+    if panels:
+        caption = "What the GPU's own counters reported, one line per GPU; warm-up shaded."
+        groups.append(FigureGroup("GPU", caption, panels, wide=False))
+    return groups
+
+
+def _rates(verdict: Verdict) -> FigureGroup:
+    panels = [
+        _panel(
+            forest(verdict),
+            f"Every predictor (blue) and estimator (red) with its interval. The shaded band is the "
+            f"claim ± {percent(verdict.theta, None)}; the bold rows alone decide the verdict.",
+        )
+    ]
+    if verdict.runs:
+        panels.append(
+            _panel(
+                drift_against_rate(verdict),
+                "Drift of each run with its interval, named by load, against max(0, arrival rate - "
+                "critical rate) for the predicted (solid) and the measured rate (dashed), their "
+                "intervals shaded; a grey dash is the drift below which a run counts as stable.",
+            )
+        )
+    return FigureGroup("Critical rate", "", tuple(panels), wide=True)
+
+
+def _number_in_system(pairs: Sequence[Pair]) -> FigureGroup:
+    colors = run_colors([judgement.load for _, judgement in pairs])
+    panels = [_panel(figures.number_in_system_overview(pairs))]
+    for (frames, judgement), color in zip(pairs, colors, strict=True):
+        panels.append(_panel(figures.number_in_system_run(frames, judgement, color)))
+    caption = (
+        "N(t) is scheduled minus departed requests, counted by the client. Warm-up shaded; the "
+        "dashed line rises with the drift from the end of the warm-up on, and the fan spans the "
+        "drift's interval."
+    )
+    return FigureGroup("Number in system", caption, tuple(panels), wide=True)
+
+
+def _engine(pairs: Sequence[Pair]) -> FigureGroup:
+    caption = (
+        "Gauges of the engine's own metrics as they were sampled, and its preemption counter "
+        "differenced over fortieths of the run; warm-up shaded."
+    )
+    panels = tuple(_panel(figures.engine_over_time(*pair)) for pair in pairs)
+    return FigureGroup("Inside the engine", caption, panels, wide=False)
+
+
+def _client(pairs: Sequence[Pair]) -> FigureGroup:
+    unserved = (
+        "of the requests that arrived after the warm-up. One that was not served when the run "
+        "ended counts as longer than any value shown: such a curve stays below 1."
+    )
+    panels = (
+        _panel(
+            figures.latency_distribution(pairs, "first_token_s", "TTFT"),
+            f"Waiting for the first token, empirical distribution {unserved}",
+        ),
+        _panel(
+            figures.latency_distribution(pairs, "last_token_s", "end-to-end latency"),
+            f"Arrival to last token, empirical distribution {unserved}",
+        ),
+        _panel(
+            figures.send_lag(pairs),
+            "How late the generator sent, by its own clock, all requests: an audit of the load, "
+            "not of the server.",
+        ),
+    )
+    return FigureGroup("At the client", "", panels, wide=False)
+
+
+def _panel(svg: str, caption: str = "") -> Panel:
+    return Panel(Markup(svg), caption)

@@ -1,0 +1,124 @@
+"""From runs to a verdict: stable or not for one run, confirmed or refuted for the experiment."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from analysis.estimate import Estimate
+from loadgen.records import LoadFidelity
+
+Outcome = Literal["confirmed", "refuted", "inconclusive", "premise_violated", "invalid"]
+EXIT_CODES: dict[str, int] = {
+    "confirmed": 0,
+    "refuted": 10,
+    "inconclusive": 11,
+    "premise_violated": 12,
+    "invalid": 13,
+}
+RunVerdict = Literal["stable", "unstable", "inconclusive", "invalid"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunJudgement:
+    """What one run says. ``drift`` is in requests per second over [warmup_s, end_s)."""
+
+    id: str
+    arrival_rate: float
+    load: float
+    """Offered rate over the predicted critical rate."""
+    warmup_s: float
+    end_s: float
+    verdict: RunVerdict
+    text: str
+    """One clause, such as "stable (< 3.1 req/s over 40 s)" or "grows"."""
+    realised_rate: float
+    drift: Estimate
+    stable_below: float
+    """X: a run is stable when the upper 95 % bound of its drift is below this."""
+    fidelity: LoadFidelity
+    requests: int
+    completed: int
+    unfinished: int
+    preemptions: int
+    kv_usage: float
+    running: float
+    waiting: float
+    backlogged: float
+    """Share of the time in which the waiting queue was not empty."""
+    step_time_s: Estimate | None
+    ttft_p50_s: float
+    ttft_p95_s: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedEstimate:
+    """One of several answers to the same question, with what it assumes."""
+
+    name: str
+    estimate: Estimate
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A premise or an audit: ``holds`` is None when the data cannot say."""
+
+    name: str
+    holds: bool | None
+    observed: float
+    threshold: float
+    text: str
+    """One sentence: what was compared with what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssumedObserved:
+    """A row of the table that sets what the prediction assumed beside what the run showed."""
+
+    quantity: str
+    assumed: str
+    observed: str
+    agrees: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer of an experiment; see design "Claims, measurements, verdicts" for each outcome."""
+
+    name: str
+    claim: str
+    grade: str
+    theta: float
+    outcome: Outcome
+    headline: str
+    """What follows the outcome on its line, such as "within 10 %"."""
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...]
+    predicted: Estimate
+    binding: str
+    """Ceiling that the prediction says binds: kv_cache, max_num_seqs or max_num_batched_tokens."""
+    binding_observed: str | None
+    predictions: tuple[NamedEstimate, ...]
+    """Every other predictor, beside the claim."""
+    measured: Estimate | None
+    measurements: tuple[NamedEstimate, ...]
+    """The same rate by other estimators: counting, hinge."""
+    ratio: Estimate | None
+    gap: float | None
+    """|predicted - measured| / measured."""
+    runs: tuple[RunJudgement, ...]
+    premises: tuple[Check, ...]
+    audit: tuple[Check, ...]
+    identity: tuple[NamedEstimate, ...]
+    """The three factors of measured/predicted: occupancy, step time, work not wasted."""
+    table: tuple[AssumedObserved, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.outcome]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": 1, "exit_code": self.exit_code, **asdict(self)}

@@ -1,0 +1,129 @@
+"""From a results folder to a verdict and a report: works again from the files alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from analysis.engine import EngineLimits
+from analysis.estimate import Estimate
+from analysis.frames import run_frames
+from analysis.judge import Evidence, MeasuredRun, judge
+from analysis.prediction import Prediction
+from analysis.report import ReportContext, report_html, report_md
+from analysis.verdict import Verdict
+from harness.config import ExperimentConfig, load_config
+from harness.store import Store, StoredRun, StoreError, missing
+from loadgen.fidelity import fidelity
+
+
+def analyse(store: Store) -> Verdict:
+    """Judge what the folder holds, and write verdict.json, report.html and report.md.
+
+    Raises StoreError when the prediction is not the one that the runs were made under.
+    """
+    evidence = load_evidence(store)
+    verdict = judge(evidence)
+    store.write_json("verdict.json", verdict.to_dict())
+    write_report(store, evidence, verdict)
+    return verdict
+
+
+def write_report(store: Store, evidence: Evidence, verdict: Verdict) -> None:
+    """report.html and report.md of an analysed folder."""
+    context = _context(store, evidence)
+    frames = [run.frames for run in evidence.runs]
+    store.write_text("report.html", report_html(verdict, frames, context))
+    store.write_text("report.md", report_md(verdict, context))
+
+
+def load_evidence(store: Store) -> Evidence:
+    """Everything that a verdict rests on, read from the folder."""
+    config = load_config(store.path / "config.yaml")
+    is_mock = config.server is not None and config.server.mock is not None
+    prediction = store.read_json("prediction.json")
+    digest = store.digest("prediction.json")
+    limits = EngineLimits(**store.read_json("limits.json")["used"])
+    stored = [store.read_run(run_id) for run_id in store.run_ids()]
+    for run in stored:
+        if run.prediction_digest != digest:
+            raise StoreError(
+                f"{store.path}: run {run.run.id} was made under another prediction.json: restore "
+                "that file, a prediction changed after the fact decides nothing"
+            )
+    whole = [run for run in stored if run.end is not None and run.records]
+    if not whole:
+        raise StoreError(
+            f"{store.path} holds no run that came to an end: " + "; ".join(missing(store.path))
+        )
+    simulated = prediction.get("simulated")
+    return Evidence(
+        name=config.name,
+        theta=config.theta,
+        prediction=Prediction.from_dict(prediction["claim"]),
+        paper=Prediction.from_dict(prediction["paper"]),
+        engine=Prediction.from_dict(prediction["engine"]),
+        simulated=None if simulated is None else Estimate.from_dict(simulated),
+        limits=limits,
+        workload=config.law(),
+        runs=tuple(_measured(run, is_mock) for run in whole),
+    )
+
+
+def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
+    frames = run_frames(run.run, run.start_ns, run.end_ns, run.records, run.samples, run.gpu)
+    overrun = None
+    if is_mock and len(frames.engine) > 1:
+        counted = frames.engine[["overrun_steps", "steps"]].iloc[[0, -1]].diff().iloc[-1]
+        overrun = float(counted["overrun_steps"] / max(counted["steps"], 1.0))
+    warnings = list(run.warnings)
+    assert run.end is not None
+    if run.end["reason"] != "horizon":
+        warnings.append(f"run {run.run.id} ended early: {run.end['reason']}")
+    stats = run.end.get("sampler")
+    if stats and stats["failures"]:
+        warnings.append(
+            f"run {run.run.id}: {stats['failures']} of {stats['ticks']} scrapes failed "
+            f"({stats['last_failure']}); the longest gap is {stats['longest_gap_s']:.1f} s"
+        )
+    return MeasuredRun(
+        frames=frames,
+        fidelity=fidelity(run.run, run.records, frames.end_s, run.start_ns),
+        overrun=overrun,
+        warnings=tuple(warnings),
+    )
+
+
+def _context(store: Store, evidence: Evidence) -> ReportContext:
+    config = load_config(store.path / "config.yaml")
+    calibration = store.read_json("calibration.json") if store.has("calibration.json") else None
+    return ReportContext(
+        title=config.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=store.read_json("environment.json"),
+        limits=store.read_json("limits.json"),
+        calibration=calibration,
+        config=yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False),
+        missing=tuple(m for m in missing(store.path) if "verdict" not in m),
+        mode=_mode(config),
+        workload=_workload(evidence),
+    )
+
+
+def _mode(config: ExperimentConfig) -> str:
+    if config.server is not None and config.server.mock is not None:
+        return "mock server: the scheduler is the model's, the step time is set"
+    return "a running server, driven over HTTP"
+
+
+def _workload(evidence: Evidence) -> dict[str, Any]:
+    law = evidence.workload
+    return {
+        "name": law.name,
+        "source": law.source,
+        "mean prompt": f"{law.mean(law.prompt_tokens):.2f} tokens",
+        "mean output": f"{law.mean(law.output_tokens):.2f} tokens",
+        "largest prompt + output": f"{int((law.prompt_tokens + law.output_tokens).max())} tokens",
+    }

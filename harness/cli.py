@@ -1,0 +1,145 @@
+"""The command line: each command is a few lines around one stage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from analysis.summary import summary
+from harness.analyse import analyse, load_evidence, write_report
+from harness.calibrate import CalibrationFailed
+from harness.config import ConfigError, MockServerConfig, load_config, load_mock_config
+from harness.display import Display
+from harness.engines import LimitsUnreadable, MissingMetric
+from harness.experiment import run_experiment
+from harness.predict import offline_predictions
+from harness.server import ServerFailed
+from harness.store import Store, StoreError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Predict the critical request rate of an LLM server, drive it there, and judge.",
+)
+USAGE_ERRORS = (
+    ConfigError,
+    StoreError,
+    ServerFailed,
+    LimitsUnreadable,
+    MissingMetric,
+    CalibrationFailed,
+)
+USAGE_EXIT, INTERRUPT_EXIT = 2, 130
+ConfigPath = Annotated[Path, typer.Argument(help="the experiment's YAML")]
+Folder = Annotated[Path, typer.Argument(help="a results folder")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON only")]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    out: Annotated[Path | None, typer.Option(help="results folder to write")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="stop before the load")] = False,
+    seed: Annotated[int | None, typer.Option(help="overrides load.seed")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict, drive, sample, fit and judge. Exit status: 0 confirmed, 10 refuted, 11 inconclusive,
+    12 premise violated, 13 invalid, 2 usage, 130 interrupted."""
+    settings = load_config(config)
+    if seed is not None:
+        settings = settings.model_copy(
+            update={"load": settings.load.model_copy(update={"seed": seed})}
+        )
+    store = Store.create(out or _new_folder(settings.name))
+    console = Console(stderr=as_json)
+    with Display(console, quiet=as_json) as display:
+        verdict = asyncio.run(run_experiment(settings, store, display, plan_only=plan))
+    if verdict is None:
+        return
+    if as_json:
+        print(json.dumps(verdict.to_dict()))
+    else:
+        console.print(summary(verdict), highlight=False, soft_wrap=True)
+        console.print(f"report      {store.path / 'report.html'}", highlight=False, soft_wrap=True)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def predict(config: ConfigPath, as_json: Json = False) -> None:
+    """The critical rate from what the config states (limits and step_time), without any server."""
+    rows = offline_predictions(load_config(config))
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    console = Console()
+    for name, text in rows["summary"].items():
+        console.print(f"{name:<14}{text}", highlight=False, soft_wrap=True)
+
+
+@app.command("analyse")
+def analyse_folder(folder: Folder) -> None:
+    """Judge a results folder again, from its files alone."""
+    verdict = analyse(Store.open(folder))
+    Console().print(summary(verdict), highlight=False, soft_wrap=True)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Write report.html and report.md of a results folder again."""
+    store = Store.open(folder)
+    evidence = load_evidence(store)
+    from analysis.judge import judge
+
+    write_report(store, evidence, judge(evidence))
+    print(store.path / "report.html")
+
+
+@app.command()
+def mock(
+    config: Annotated[Path, typer.Argument(help="YAML with the mock server's parameters")],
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
+    step_log: Annotated[Path | None, typer.Option(help="write every step here")] = None,
+) -> None:
+    """A server that speaks vLLM's dialect around the scheduler model, with a set step time."""
+    from harness.mock import MockConfig
+    from harness.mock_http import run_mock
+
+    parameters: MockServerConfig = load_mock_config(config)
+    run_mock(
+        MockConfig(
+            limits=parameters.limits(),
+            step_time=parameters.step_time.law(),
+            port=port,
+            stream_interval=parameters.stream_interval,
+            claimed_num_blocks=parameters.claimed_num_blocks,
+            step_log=step_log,
+        )
+    )
+
+
+def _new_folder(name: str) -> Path:
+    return Path("results") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one line, without a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPT_EXIT)
+    except USAGE_ERRORS as error:
+        Console(stderr=True).print(f"[red]error[/red]  {error}", highlight=False, soft_wrap=True)
+        sys.exit(USAGE_EXIT)
+
+
+if __name__ == "__main__":
+    main()

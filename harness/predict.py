@@ -1,0 +1,114 @@
+"""Predictions from what a config states, without a server: grade P0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from analysis.critical_rate import mixture_rate, predict
+from analysis.engine import EngineLimits
+from analysis.estimate import Estimate
+from analysis.formatting import estimate_text
+from analysis.prediction import Prediction
+from analysis.second_opinion import simulated_rate
+from analysis.step_time import StepTimeFit, exact_step_time
+from harness.config import ConfigError, ExperimentConfig
+from loadgen.workload import Workload
+
+SECOND_OPINION_REQUESTS = 3000
+
+
+def predictions(
+    config: ExperimentConfig,
+    workload: Workload,
+    limits: EngineLimits,
+    fit: StepTimeFit,
+    grade: Any,
+) -> dict[str, Any]:
+    """The claim, and every other predictor beside it, as they go to prediction.json."""
+    both: dict[str, Prediction] = {
+        claim: predict(
+            workload,
+            limits,
+            fit,
+            claim,
+            grade,
+            chunk=config.prefill_chunk_tokens
+            or (limits.max_num_batched_tokens or int(workload.prompt_tokens.max())),
+            replicas=config.replicas,
+        )
+        for claim in ("paper", "engine")
+    }
+    simulated = simulated_rate(
+        workload, limits, fit.law, requests=SECOND_OPINION_REQUESTS, seed=config.load.seed
+    )
+    return {
+        "claim": both[config.claim].to_dict(),
+        "paper": both["paper"].to_dict(),
+        "engine": both["engine"].to_dict(),
+        "simulated": simulated.scaled(config.replicas).to_dict(),
+    }
+
+
+def stated_limits(config: ExperimentConfig) -> EngineLimits:
+    """Limits that the config states. Raises ConfigError when the pool is not among them."""
+    given = config.limits
+    if given.pool_tokens is None:
+        raise ConfigError("limits.pool_tokens: a prediction without a server needs the KV pool")
+    block_size = given.block_size or 16
+    return EngineLimits(
+        num_blocks=given.pool_tokens // block_size,
+        block_size=block_size,
+        max_num_seqs=given.max_num_seqs,
+        max_num_batched_tokens=given.max_num_batched_tokens,
+        watermark=given.watermark or 0.0,
+        async_scheduling=bool(given.async_scheduling),
+    )
+
+
+def offline_predictions(config: ExperimentConfig) -> dict[str, Any]:
+    """Every predictor of a config that needs no server, ready for JSON."""
+    limits = stated_limits(config)
+    if config.regimes:
+        return _mixed(config, limits)
+    if config.step_time is None:
+        raise ConfigError("step_time: a prediction without a server needs it stated")
+    fit = exact_step_time(config.step_time.law())
+    found = predictions(config, config.law(), limits, fit, "P0")
+    return {"name": config.name, **found, "summary": _summary(found)}
+
+
+def _summary(found: Mapping[str, Any]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for claim in ("paper", "engine"):
+        prediction = Prediction.from_dict(found[claim])
+        rows[claim] = (
+            f"{estimate_text(prediction.critical_rate)}   E[g] "
+            f"{prediction.kv_demand.value:.0f} token-steps, bound by {prediction.binding}"
+        )
+    rows["simulated"] = estimate_text(Estimate.from_dict(found["simulated"]))
+    return rows
+
+
+def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
+    """Piecewise-stationary traffic: the harmonic mean of the regimes (theory.md 2.2)."""
+    parts = []
+    for regime in config.regimes:
+        fit = exact_step_time(regime.step_time.law())
+        parts.append(predictions(config, regime.workload.build(), limits, fit, "P0"))
+    rates = {}
+    for name in ("paper", "engine", "simulated"):
+        estimates = [Estimate.from_dict(p[name].get("critical_rate", p[name])) for p in parts]
+        shares = [regime.share for regime in config.regimes]
+        low, value, high = (
+            mixture_rate(list(zip(shares, values, strict=True)))
+            for values in zip(*((e.low, e.value, e.high) for e in estimates), strict=True)
+        )
+        level = min(e.level for e in estimates)
+        rates[name] = Estimate(value, low, high, level, "req/s", "harmonic mean of the regimes")
+    return {
+        "name": config.name,
+        "regimes": parts,
+        "mixture": {name: rate.to_dict() for name, rate in rates.items()},
+        "summary": {name: estimate_text(rate) for name, rate in rates.items()},
+    }

@@ -1,0 +1,1 @@
+"""What is offered to a server, and what came back."""

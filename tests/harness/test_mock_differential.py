@@ -1,0 +1,170 @@
+"""The mock server against the engine and the simulator: the same run, step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from analysis.engine import Engine, EngineLimits, Request, Step
+from analysis.simulate import SECOND_NS, Simulation, simulate
+from analysis.step_time import StepTime
+from harness.mock import MockConfig
+from harness.mock_http import serve
+
+LAW = StepTime(b0_s=0.005, b1_s_per_token=1e-5, b2_s_per_kv_token=1e-6, b3_s_per_request=2e-5)
+"""Whole nanoseconds for whole tokens, so that float and integer clocks agree."""
+
+
+def replay(limits: EngineLimits, rows: list[dict[str, Any]]) -> None:
+    """Play a step log through a fresh `Engine`; raise AssertionError at the first difference."""
+    engine = Engine(limits)
+    requests: dict[int, Request] = {}
+    step: Step | None = None
+    for row in rows:
+        if step is not None:
+            engine.complete(step)
+        for number, prompt_tokens, output_tokens, _ in row["submissions"]:
+            requests[number] = Request(number, prompt_tokens, output_tokens)
+            engine.submit(requests[number])
+        for number in row["aborts"]:
+            engine.abort(requests[number])
+        step = engine.start()
+        assert step is not None
+        seen = {
+            "step": step.index,
+            "waiting": len(engine.waiting),
+            "running": len(engine.running),
+            "free_blocks": engine.free_blocks,
+            "preemptions": engine.preemptions,
+            "tokens": step.tokens,
+            "kv_tokens": step.kv_tokens,
+        }
+        assert seen == {name: row[name] for name in seen}
+
+
+def simulated(limits: EngineLimits, rows: list[dict[str, Any]]) -> tuple[Simulation, int]:
+    """`simulate` fed with the recorded receive times, and the monotonic ns of its time zero."""
+    submissions = [submission for row in rows for submission in row["submissions"]]
+    origin_ns = submissions[0][3] - SECOND_NS
+    arrival_s = np.array([(s[3] - origin_ns) / SECOND_NS for s in submissions])
+    lengths = np.array([[s[1], s[2], s[2]] for s in submissions])
+    horizon_s = (rows[-1]["start_ns"] - origin_ns) / SECOND_NS + 1.0
+    return simulate(limits, LAW, arrival_s, lengths, horizon_s), origin_ns
+
+
+def capacity(limits: EngineLimits, lengths: np.ndarray) -> float:
+    """Requests per second of an engine whose queue is never empty, by simulation."""
+    run = simulate(limits, LAW, np.zeros(len(lengths)), lengths, 1e4)
+    return len(lengths) / (max(r.last_token_ns or 0 for r in run.records) / SECOND_NS)
+
+
+async def offer(
+    limits: EngineLimits, log: Path, arrival_s: np.ndarray, lengths: np.ndarray, leave: bool
+) -> list[tuple[int, int, int]]:
+    """Offer the requests to a mock; (read began, read ended, waiting + running) of each scrape.
+
+    With ``leave`` every fifth client goes away a little after it has sent its request.
+    """
+    loop = asyncio.get_running_loop()
+    stop, port = asyncio.Event(), loop.create_future()
+    config = MockConfig(limits=limits, step_time=LAW, step_log=log)
+    server = asyncio.ensure_future(serve(config, port.set_result, stop))
+    base = f"http://127.0.0.1:{await port}"
+    scrapes: list[tuple[int, int, int]] = []
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(base, connector=connector) as session:
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(float(arrival_s[number]))
+            prompt, output, _ = map(int, lengths[number])
+            body = {"prompt": [7] * prompt, "max_tokens": output, "stream": True}
+            patience_s = 0.2 if leave and number % 5 == 0 else 60.0
+            try:
+                async with asyncio.timeout(patience_s):
+                    async with session.post("/v1/completions", json=body) as response:
+                        assert (await response.text()).count("data: ") == output + 1
+            except TimeoutError:
+                assert patience_s < 60.0
+
+        async def scrape() -> None:
+            while True:
+                began_ns = time.monotonic_ns()
+                async with session.get("/metrics") as response:
+                    text = await response.text()
+                gauges = [
+                    int(float(line.split()[-1]))
+                    for line in text.splitlines()
+                    if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))
+                ]
+                scrapes.append((began_ns, time.monotonic_ns(), sum(gauges)))
+                await asyncio.sleep(0.02)
+
+        scraping = asyncio.ensure_future(scrape())
+        await asyncio.gather(*(one(i) for i in range(len(lengths))))
+        scraping.cancel()
+    stop.set()
+    await server
+    return scrapes
+
+
+def offered(
+    limits: EngineLimits, log: Path, load: float, count: int, leave: bool = False
+) -> tuple[list[dict[str, Any]], list[tuple[int, int, int]]]:
+    """A Poisson run at ``load`` times the capacity: its step log and its scrapes."""
+    rng = np.random.default_rng(7)
+    outputs = rng.integers(16, 72, count)
+    lengths = np.stack([rng.integers(8, 64, count), outputs, outputs], axis=1)
+    rate = load * capacity(limits, lengths)
+    arrival_s = 0.1 + np.cumsum(rng.exponential(1 / rate, count))
+    scrapes = asyncio.run(offer(limits, log, arrival_s, lengths, leave))
+    return [json.loads(line) for line in log.read_text().splitlines()], scrapes
+
+
+def shown_sequence(run: Simulation) -> np.ndarray:
+    """Number in system that the endpoint shows from the start of each step on: what the previous
+    step left, without those who came during it."""
+    starts = np.array(run.steps.start_s)
+    in_system = np.array(run.steps.running) + np.array(run.steps.waiting)
+    left = np.sort([r.last_token_ns for r in run.records]) / SECOND_NS
+    departed = np.searchsorted(left, starts + 1e-7)
+    joined = in_system + departed
+    return np.concatenate(([0], joined[:-1])) - departed
+
+
+def test_wall_clock_run_is_the_simulated_run(tmp_path: Path) -> None:
+    limits = EngineLimits(num_blocks=40, block_size=16, max_num_seqs=64, max_num_batched_tokens=256)
+    rows, scrapes = offered(limits, tmp_path / "steps.jsonl", load=1.1, count=150)
+    assert sum(len(row["submissions"]) for row in rows) == 150
+    assert rows[-1]["preemptions"] > 0 and max(row["waiting"] for row in rows) > 5
+    replay(limits, rows)
+
+    run, origin_ns = simulated(limits, rows)
+    starts_ns = np.round(np.array(run.steps.start_s) * SECOND_NS).astype(np.int64) + origin_ns
+    assert run.steps.running == [row["running"] for row in rows]
+    assert run.steps.waiting == [row["waiting"] for row in rows]
+    assert np.abs(starts_ns - [row["start_ns"] for row in rows]).max() < 10
+
+    shown = shown_sequence(run)
+    agree = []
+    for began_ns, ended_ns, in_system in scrapes:
+        first = np.searchsorted(starts_ns, began_ns, side="right") - 2
+        last = np.searchsorted(starts_ns, ended_ns, side="right")
+        near = np.concatenate(([0], shown))[max(first + 1, 0) : last + 2]
+        agree.append(in_system in near)
+    assert len(agree) > 100
+    assert np.mean(agree) >= 0.99
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_replay_is_exact_when_clients_leave(tmp_path: Path, asynchronous: bool) -> None:
+    limits = EngineLimits(num_blocks=60, block_size=16, async_scheduling=asynchronous)
+    rows, _ = offered(limits, tmp_path / "steps.jsonl", load=2.0, count=50, leave=True)
+    assert sum(len(row["aborts"]) for row in rows) > 5
+    replay(limits, rows)
