@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import chi2, norm, t
 
 from analysis.estimate import Estimate
@@ -194,7 +194,45 @@ def needed_requests(excess: float, variance_ratio: float, alpha: float, power: f
     return z**2 * variance_ratio / excess**2
 
 
-def power_of(excess: float, variance_ratio: float, alpha: float, requests: float) -> float:
-    """Probability that a run of so many arrivals finds a relative excess: inverse of the above."""
+def growth_power(excess: float, variance_ratio: float, alpha: float, requests: float) -> float:
+    """Probability that a run of so many arrivals shows a relative excess: inverse of the above."""
     shift = abs(excess) * math.sqrt(requests / variance_ratio)
     return float(norm.cdf(shift - norm.ppf(1 - alpha)))
+
+
+def stationary_variance(
+    arrival_rate: float, residence_s: float, load: float, variance_ratio: float
+) -> float:
+    """Variance of N(t) below the critical rate, in requests squared.
+
+    Requests in service are nearly Poisson with mean arrival rate times residence; the queue adds half
+    the square of its heavy-traffic mean (ca2 + cd2) / (2 (1 - load)), since below a load of 0.9 it is
+    empty about half of the time.
+    """
+    queue = variance_ratio / (2 * max(1.0 - load, 1e-3))
+    return arrival_rate * residence_s + queue**2 / 2
+
+
+def stability_duration(stable_below: float, variance: float, power: float) -> float:
+    """Seconds after the warm-up until a stationary run is called stable with probability ``power``.
+
+    Increments over batches much longer than a residence have the variance 2 Var(N), so the bound of
+    `drift` is N(0, 2 Var(N)) / T + t * sqrt(2 B Var(N) chi2 / (B - 1)) / T, chi2 with B - 1 degrees of
+    freedom. Both terms are taken at the same probability, which errs on the safe side.
+    """
+    freedom = DRIFT_BATCHES - 1
+    spread = math.sqrt(2 * DRIFT_BATCHES * float(chi2.ppf(power, freedom)) / freedom)
+    scale = float(t.ppf(0.95, freedom)) * spread + math.sqrt(2) * float(norm.ppf(power))
+    return scale * math.sqrt(variance) / stable_below
+
+
+def stability_power(stable_below: float, variance: float, duration_s: float) -> float:
+    """Probability that a stationary run of this length is called stable; inverse of the above."""
+
+    def excess(power: float) -> float:
+        return stability_duration(stable_below, variance, power) - duration_s
+
+    low, high = 0.5, 0.99999
+    if excess(low) > 0:
+        return 0.0
+    return high if excess(high) < 0 else float(brentq(excess, low, high))

@@ -100,7 +100,8 @@ def simulate(
                 last_s[request.id] = now_s
     records = [
         _record(request, arrivals[request.id], first_s[request.id], last_s[request.id], declared)
-        for request, declared in zip(requests[:arrived], lengths[:arrived, 2], strict=True)
+        for request, declared in zip(requests, lengths[:, 2], strict=True)
+        if arrivals[request.id] < horizon_s
     ]
     return Simulation(records, samples, steps, engine)
 

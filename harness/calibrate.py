@@ -259,8 +259,9 @@ async def _send(
     async def in_turn() -> list[RequestRecord]:
         return [await one(i) for i in range(probe.count, probe.requests)]
 
-    *batch, followers = await asyncio.gather(*map(one, range(probe.count)), in_turn())
-    records = [*batch, *followers]
+    batch = [asyncio.create_task(one(i)) for i in range(probe.count)]
+    followers = await in_turn()
+    records = [*await asyncio.gather(*batch), *followers]
     bad = [
         r
         for r in records

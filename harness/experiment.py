@@ -15,8 +15,7 @@ import numpy as np
 import yaml
 
 from analysis.engine import EngineLimits
-from analysis.judge import judge, variance_ratio
-from analysis.kv_demand import residence_steps
+from analysis.judge import judge
 from analysis.prediction import Prediction
 from analysis.summary import summary
 from analysis.verdict import Verdict
@@ -76,7 +75,8 @@ async def run_experiment(
         prediction = predictions(config, workload, limits, calibration.fit, "P1")
         store.write_json("prediction.json", prediction)
         claim = Prediction.from_dict(prediction["claim"])
-        plan = _plan(config, workload, claim, store.digest("prediction.json"))
+        digest = store.digest("prediction.json")
+        plan = _plan(config, workload, claim, digest, config.load.rates)
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
         if plan_only:
@@ -192,19 +192,13 @@ def _plan(
     workload: Workload,
     prediction: Prediction,
     digest: str,
-    loads: tuple[float, ...] | None = None,
+    loads: tuple[float, ...],
     first_index: int = 0,
 ) -> Plan:
-    steps = residence_steps(
-        workload.prompt_tokens, workload.output_tokens, int(workload.prompt_tokens.max())
-    )
-    rate = prediction.critical_rate
     return make_plan(
-        critical_rate=rate.value,
-        relative_error=rate.standard_error / rate.value,
-        residence_s=float(np.max(steps)) * prediction.step_time_s.value,
-        variance_ratio=variance_ratio(workload),
-        loads=loads or config.load.rates,
+        prediction,
+        workload,
+        loads=loads,
         horizon_s=config.load.horizon_s,
         max_horizon_s=config.load.max_horizon_s,
         theta=config.theta,

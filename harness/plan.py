@@ -6,17 +6,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from analysis.growth import needed_requests, power_of
+import numpy as np
+
+from analysis.growth import (
+    growth_power,
+    needed_requests,
+    stability_duration,
+    stability_power,
+    stationary_variance,
+)
+from analysis.judge import variance_ratio
+from analysis.kv_demand import residence_steps
+from analysis.prediction import Prediction
 from loadgen.records import Run
+from loadgen.workload import Workload
 
 WARMUP_RESIDENCES = 3.0
 """Until the first requests have left, N grows at the offered rate whatever the load; theory.md 6.3
 discards three of the longest residence times."""
-POWER = 0.95
+MEASURED_RESIDENCES = 9.0
+"""An overloaded run is measured for at least so many of the longest residence times."""
 ALPHA = 0.05
-STABLE_FACTOR = 2.2
-"""A stable run needs more arrivals than one that shows growth: its bound must fall below theta/2. The
-factor gives 99.5 % stable verdicts at 0.85 of critical in simulation (docs/statistics.md)."""
+GROWTH_POWER = 0.95
+STABILITY_POWER = 0.995
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +37,7 @@ class Plan:
 
     runs: tuple[Run, ...]
     power: tuple[float, ...]
-    """Probability of the right answer for each run, the prediction taken as true."""
+    """Probability of the right answer for each run, the prediction being off by its own error."""
     theta: float
     prediction_digest: str
 
@@ -42,11 +54,9 @@ class Plan:
 
 
 def make_plan(
+    prediction: Prediction,
+    workload: Workload,
     *,
-    critical_rate: float,
-    relative_error: float,
-    residence_s: float,
-    variance_ratio: float,
     loads: Sequence[float],
     horizon_s: float | None,
     max_horizon_s: float,
@@ -55,32 +65,42 @@ def make_plan(
     prediction_digest: str,
     first_index: int = 0,
 ) -> Plan:
-    """One run per load (multiple of the predicted critical rate).
+    """One run for each load (multiple of the predicted critical rate), numbered from ``first_index``.
 
-    ``residence_s`` is the longest residence of a request at saturation, ``variance_ratio`` is ca2 + cd2.
-    Where no horizon is given it is what the load's distance from 1 needs, the prediction's own error
-    taken off that distance, between 12 residence times and ``max_horizon_s``.
+    Where no horizon is given, a run above is as long as its growth needs to show (theory.md 6.2), a
+    run below as long as its drift needs to be bounded; the error of the prediction is taken off the
+    distance from critical. No run is longer than ``max_horizon_s``.
     """
-    warmup_s = WARMUP_RESIDENCES * residence_s
+    longest_s, mean_s = _residence_s(prediction, workload)
+    spread = variance_ratio(workload)
+    critical = prediction.critical_rate
+    relative_error = critical.standard_error / critical.value
+    warmup_s = WARMUP_RESIDENCES * longest_s
     runs, powers = [], []
-    for offset, load in enumerate(loads):
-        rate = load * critical_rate
-        excess = _certain_excess(load, relative_error, theta)
-        needed = needed_requests(excess, variance_ratio, ALPHA, POWER)
+    for index, load in enumerate(loads, first_index):
+        rate = load * critical.value
+        excess = max(abs(load - 1.0) - relative_error, theta / 4)
+        stable_below = theta / 2 * rate
+        variance = stationary_variance(rate, mean_s, 1.0 - excess, spread)
         if load < 1:
-            needed *= STABLE_FACTOR
-        wanted_s = horizon_s or warmup_s + max(needed / rate, 9 * residence_s)
-        length_s = min(max(wanted_s, warmup_s * 1.5), max_horizon_s)
-        requests = max(length_s - warmup_s, 0.0) * rate
-        shrink = STABLE_FACTOR if load < 1 else 1.0
-        powers.append(power_of(excess, variance_ratio, ALPHA, requests / shrink))
+            needed_s = stability_duration(stable_below, variance, STABILITY_POWER)
+        else:
+            needed_s = needed_requests(excess, spread, ALPHA, GROWTH_POWER) / rate
+        wanted_s = horizon_s or warmup_s + max(needed_s, MEASURED_RESIDENCES * longest_s)
+        length_s = min(max(wanted_s, 1.5 * warmup_s), max_horizon_s)
+        left_s = max(length_s - warmup_s, 0.0)
+        powers.append(
+            stability_power(stable_below, variance, left_s)
+            if load < 1
+            else growth_power(excess, spread, ALPHA, left_s * rate)
+        )
         runs.append(
             Run(
-                id=f"{first_index + offset:02d}-{load:.2f}",
+                id=f"{index:02d}-{load:.2f}",
                 arrival_rate=rate,
                 horizon_s=round(length_s, 1),
                 warmup_s=round(warmup_s, 2),
-                seed=seed * 1000 + first_index + offset,
+                seed=seed * 1000 + index,
             )
         )
     return Plan(
@@ -88,6 +108,9 @@ def make_plan(
     )
 
 
-def _certain_excess(load: float, relative_error: float, theta: float) -> float:
-    """Distance from critical that is left when the prediction errs by its own standard error."""
-    return max(abs(load - 1.0) - relative_error, theta / 4)
+def _residence_s(prediction: Prediction, workload: Workload) -> tuple[float, float]:
+    """Longest and mean residence of a request in the batch at saturation, in seconds."""
+    prompt, output = workload.prompt_tokens, workload.output_tokens
+    steps = residence_steps(prompt, output, int(prompt.max()))
+    step_s = prediction.step_time_s.value
+    return float(np.max(steps)) * step_s, workload.mean(steps) * step_s

@@ -9,7 +9,7 @@ from analysis.critical_rate import mixture_rate, predict
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.formatting import estimate_text
-from analysis.prediction import Prediction
+from analysis.prediction import Claim, Grade, Prediction
 from analysis.second_opinion import simulated_rate
 from analysis.step_time import StepTimeFit, exact_step_time
 from harness.config import ConfigError, ExperimentConfig
@@ -23,9 +23,11 @@ def predictions(
     workload: Workload,
     limits: EngineLimits,
     fit: StepTimeFit,
-    grade: Any,
+    grade: Grade,
+    second_opinion: bool = True,
 ) -> dict[str, Any]:
     """The claim, and every other predictor beside it, as they go to prediction.json."""
+    claims: tuple[Claim, ...] = ("paper", "engine")
     both: dict[str, Prediction] = {
         claim: predict(
             workload,
@@ -37,17 +39,20 @@ def predictions(
             or (limits.max_num_batched_tokens or int(workload.prompt_tokens.max())),
             replicas=config.replicas,
         )
-        for claim in ("paper", "engine")
+        for claim in claims
     }
-    simulated = simulated_rate(
-        workload, limits, fit.law, requests=SECOND_OPINION_REQUESTS, seed=config.load.seed
-    )
-    return {
+    found: dict[str, Any] = {
         "claim": both[config.claim].to_dict(),
         "paper": both["paper"].to_dict(),
         "engine": both["engine"].to_dict(),
-        "simulated": simulated.scaled(config.replicas).to_dict(),
+        "simulated": None,
     }
+    if second_opinion:
+        simulated = simulated_rate(
+            workload, limits, fit.law, requests=SECOND_OPINION_REQUESTS, seed=config.load.seed
+        )
+        found["simulated"] = simulated.scaled(config.replicas).to_dict()
+    return found
 
 
 def stated_limits(config: ExperimentConfig) -> EngineLimits:
