@@ -16,7 +16,10 @@ from analysis.report import ReportContext, report_html, report_md
 from analysis.verdict import Verdict
 from harness.config import ExperimentConfig, load_config
 from harness.store import Store, StoredRun, StoreError, missing
-from loadgen.fidelity import fidelity
+from loadgen.fidelity import MAX_LAG_MS, fidelity
+
+LAG_OVER_RESIDENCE = 0.02
+"""The engine averages arrivals over a residence: sends that are late by 2 % of it change nothing."""
 
 
 def analyse(store: Store) -> Verdict:
@@ -88,9 +91,12 @@ def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
             f"run {run.run.id}: {stats['failures']} of {stats['ticks']} scrapes failed "
             f"({stats['last_failure']}); the longest gap is {stats['longest_gap_s']:.1f} s"
         )
+    requests = frames.requests
+    residence_s = float((requests["last_token_s"] - requests["first_token_s"]).median())
+    max_lag_ms = max(MAX_LAG_MS, LAG_OVER_RESIDENCE * residence_s * 1e3)
     return MeasuredRun(
         frames=frames,
-        fidelity=fidelity(run.run, run.records, frames.end_s, run.start_ns),
+        fidelity=fidelity(run.run, run.records, frames.end_s, run.start_ns, max_lag_ms),
         overrun=overrun,
         warnings=tuple(warnings),
     )

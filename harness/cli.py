@@ -81,7 +81,7 @@ def predict(config: ConfigPath, as_json: Json = False) -> None:
         return
     console = Console()
     for name, text in rows["summary"].items():
-        console.print(f"{name:<14}{text}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("analyse")

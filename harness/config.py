@@ -235,6 +235,13 @@ class RegimeConfig(_Section):
     step_time: StepTimeConfig
 
 
+class PublishedConfig(_Section):
+    """A number that somebody published for the same inputs, to be set beside the prediction."""
+
+    critical_rate: Annotated[float, Field(gt=0)]
+    source: str
+
+
 class ExperimentConfig(_Section):
     """One experiment. See configs/README.md for every key."""
 
@@ -248,6 +255,7 @@ class ExperimentConfig(_Section):
     replicas: Positive = 1
     workload: WorkloadConfig | None = None
     regimes: tuple[RegimeConfig, ...] = ()
+    published: PublishedConfig | None = None
     load: LoadConfig = LoadConfig()
     sample_interval_s: Annotated[float, Field(ge=0.02)] = 0.1
 

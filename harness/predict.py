@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from analysis.critical_rate import mixture_rate, predict
@@ -27,11 +28,16 @@ def predictions(
     second_opinion: bool = True,
 ) -> dict[str, Any]:
     """The claim, and every other predictor beside it, as they go to prediction.json."""
-    claims: tuple[Claim, ...] = ("paper", "engine")
+    pool = config.limits.pool_tokens or limits.pool_tokens
+    bounds: dict[Claim, EngineLimits] = {
+        # The paper counts tokens; a pool that is no whole number of blocks is kept to the token.
+        "paper": replace(limits, num_blocks=pool, block_size=1),
+        "engine": limits,
+    }
     both: dict[str, Prediction] = {
         claim: predict(
             workload,
-            limits,
+            bound,
             fit,
             claim,
             grade,
@@ -39,7 +45,7 @@ def predictions(
             or (limits.max_num_batched_tokens or int(workload.prompt_tokens.max())),
             replicas=config.replicas,
         )
-        for claim in claims
+        for claim, bound in bounds.items()
     }
     found: dict[str, Any] = {
         "claim": both[config.claim].to_dict(),
@@ -80,7 +86,8 @@ def offline_predictions(config: ExperimentConfig) -> dict[str, Any]:
         raise ConfigError("step_time: a prediction without a server needs it stated")
     fit = exact_step_time(config.step_time.law())
     found = predictions(config, config.law(), limits, fit, "P0")
-    return {"name": config.name, **found, "summary": _summary(found)}
+    summary = _summary(found) | _published(config, found["paper"]["critical_rate"]["value"])
+    return {"name": config.name, **found, "summary": summary}
 
 
 def _summary(found: Mapping[str, Any]) -> dict[str, str]:
@@ -93,6 +100,17 @@ def _summary(found: Mapping[str, Any]) -> dict[str, str]:
         )
     rows["simulated"] = estimate_text(Estimate.from_dict(found["simulated"]))
     return rows
+
+
+def _published(config: ExperimentConfig, found: float) -> dict[str, str]:
+    """The published number beside ours: reproduced when its printed digits are the same."""
+    if config.published is None:
+        return {}
+    value = config.published.critical_rate
+    decimals = len(f"{value:.10f}".rstrip("0").split(".")[1])
+    same = f"{found:.{decimals}f}" == f"{value:.{decimals}f}"
+    said = "reproduced" if same else "not reproduced, unexplained"
+    return {"published": f"{value} req/s ({config.published.source}): {said}"}
 
 
 def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
@@ -115,5 +133,6 @@ def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
         "name": config.name,
         "regimes": parts,
         "mixture": {name: rate.to_dict() for name, rate in rates.items()},
-        "summary": {name: estimate_text(rate) for name, rate in rates.items()},
+        "summary": {name: estimate_text(rate) for name, rate in rates.items()}
+        | _published(config, rates["paper"].value),
     }
