@@ -189,7 +189,7 @@ def token_balance(frames: RunFrames) -> Check:
         observed=difference,
         threshold=allowed,
         text=f"{client:.0f} received, {server:.0f} generated "
-        f"({difference:+.2%}, allowed {allowed:.2%}: two steps of the batch and {BALANCE_TOLERANCE:.0%})",
+        f"({difference:+.2%}, allowed {allowed:.2%}: two steps' tokens and {BALANCE_TOLERANCE:.0%})",
     )
 
 

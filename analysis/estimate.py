@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from scipy.stats import norm
 
 
@@ -109,3 +111,22 @@ def ratio(numerator: Estimate, denominator: Estimate, method: str) -> Estimate:
     )
     spread = math.exp(float(norm.ppf(0.975)) * relative)
     return Estimate(value, value / spread, value * spread, 0.95, "", method)
+
+
+def combined(estimates: Sequence[Estimate]) -> Estimate | None:
+    """Inverse-variance mean of independent estimates of one number; None of none.
+
+    The error is widened where they differ by more than their own errors explain.
+    """
+    if not estimates:
+        return None
+    errors = np.maximum([e.standard_error for e in estimates], 1e-9)
+    values = np.array([e.value for e in estimates])
+    weights = 1.0 / errors**2
+    mean = float(weights @ values / weights.sum())
+    if len(estimates) == 1:
+        return estimates[0]
+    reduced = float(weights @ (values - mean) ** 2) / (len(values) - 1)
+    error = math.sqrt(max(1.0, reduced) / float(weights.sum()))
+    method = f"{estimates[0].method}; {len(values)} runs, inverse-variance mean"
+    return Estimate.normal(mean, error, estimates[0].unit, method)

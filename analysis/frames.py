@@ -22,8 +22,8 @@ class RunFrames:
 
     ``requests``: one row per request, in order of arrival; columns ``id``, ``scheduled_s``, ``sent_s``,
     ``first_token_s``, ``last_token_s`` (NaN where it did not happen), the token columns of
-    `RequestRecord` and ``outcome``. ``engine``: one row per sample; ``t_s``, ``read_s`` and the gauges and
-    counters of `EngineSample`. ``gpu``: one row per sample and GPU, empty where there is none.
+    `RequestRecord` and ``outcome``. ``engine``: one row per sample; ``t_s``, ``read_s`` and the gauges
+    and counters of `EngineSample`. ``gpu``: one row per sample and GPU, empty where there is none.
     ``end_s`` is when the load and the observation ended, at most ``run.horizon_s``.
     """
 

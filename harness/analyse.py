@@ -9,8 +9,9 @@ import yaml
 
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
+from analysis.evidence import Evidence, MeasuredRun
 from analysis.frames import run_frames
-from analysis.judge import Evidence, MeasuredRun, judge
+from analysis.judge import judge
 from analysis.prediction import Prediction
 from analysis.report import ReportContext, report_html, report_md
 from analysis.verdict import Verdict

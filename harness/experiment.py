@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any
+from dataclasses import replace
 
-import aiohttp
-import numpy as np
 import yaml
 
-from analysis.engine import EngineLimits
+from analysis.evidence import Evidence
 from analysis.judge import judge
 from analysis.prediction import Prediction
 from analysis.summary import summary
 from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence
 from harness.calibrate import Calibration, calibrate
-from harness.config import ConfigError, ExperimentConfig
+from harness.config import ExperimentConfig
 from harness.display import Countdown, Display
-from harness.engines import ENGINES, EngineFacts, ServerLimits, mock_argv, read_limits
 from harness.environment import environment
-from harness.gpu import GpuReader, GpuSample, NoGpu, open_gpus
+from harness.gpu import open_gpus
+from harness.offer import Stage, offer
 from harness.plan import Plan, make_plan
 from harness.predict import predictions
-from harness.sampler import SamplerStats, ServerGone, sample_engine
-from harness.server import ServerFailed, attached, free_port, launched
-from harness.store import EndReason, Store
-from loadgen.arrivals import poisson
-from loadgen.client import open_session
-from loadgen.drive import drive
-from loadgen.prompts import completion_body, make_prompts
-from loadgen.records import RequestRecord, Run
+from harness.sampler import ServerGone
+from harness.store import Store
+from harness.target import Target, require_fitting, target_server
 from loadgen.workload import Workload
 
-START_DELAY_S = 0.5
-DRAIN_TIMEOUT_S = 120.0
 MAX_EXTRA_RUNS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A server that answers, and what it shows of itself."""
-
-    url: str
-    facts: EngineFacts
-    session: aiohttp.ClientSession
-    shown: ServerLimits
-    limits: EngineLimits
-    poll: Callable[[], str | None]
 
 
 async def run_experiment(
@@ -60,14 +34,15 @@ async def run_experiment(
 ) -> Verdict | None:
     """Carry out the experiment and return its verdict; None with ``plan_only``.
 
-    On an interrupt, or when the
-    server is gone, what was measured is kept and judged; then the interrupt goes on to the caller.
+    On an interrupt, or when the server is gone, what was measured is kept and judged; then the
+    interrupt goes on to the caller.
     """
     workload = config.law()
     gpus = open_gpus()
     _write_inputs(config, store)
-    async with target_server(config, store, display) as target:
-        _require_fitting(workload, target.limits)
+    display.phase("starting the server")
+    async with target_server(config, store) as target:
+        require_fitting(workload, target.limits)
         calibration = await _calibrated(config, target, workload, display)
         store.write_json("calibration.json", calibration.to_dict())
         limits = calibration.limits(target.limits)
@@ -82,7 +57,7 @@ async def run_experiment(
         if plan_only:
             return None
         try:
-            await _drive_all(config, target, workload, plan, store, display, gpus)
+            await _drive_all(Stage(config, target, workload, store, display, gpus), plan)
         except ServerGone as error:
             display.say(f"[red]{error}[/red]; what was measured until then is judged")
         except asyncio.CancelledError:
@@ -96,79 +71,11 @@ async def run_experiment(
 
 
 def _write_inputs(config: ExperimentConfig, store: Store) -> None:
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    # Headers may hold keys: they go to the server and nowhere else.
+    shown = config.model_dump(mode="json", exclude_none=True, exclude={"server": {"headers"}})
+    text = yaml.safe_dump(shown, sort_keys=False)
     store.write_text("config.yaml", text)
     store.write_json("environment.json", environment())
-
-
-@contextlib.asynccontextmanager
-async def target_server(
-    config: ExperimentConfig, store: Store, display: Display
-) -> AsyncIterator[Target]:
-    """The server of the config, attached to or started as a mock, with its limits read back."""
-    if config.server is None:
-        raise ConfigError(
-            "server: give a url or a mock to drive; without one use `critrate predict`"
-        )
-    server = config.server
-    facts = ENGINES["mock" if server.mock is not None else server.engine]
-    display.phase("starting the server")
-    async with contextlib.AsyncExitStack() as stack:
-        if server.mock is not None:
-            mock_file = store.path / "mock.yaml"
-            parameters = server.mock.model_dump(mode="json", exclude_none=True)
-            store.write_text("mock.yaml", yaml.safe_dump(parameters, sort_keys=False))
-            url = f"http://127.0.0.1:{server.port or free_port()}"
-            argv = [*mock_argv(mock_file), "--port", url.rsplit(":", 1)[1]]
-            running = await stack.enter_async_context(
-                launched(
-                    argv,
-                    {},
-                    url,
-                    facts.health_path,
-                    server.ready_timeout_s,
-                    store.path / "engine.log",
-                )
-            )
-        else:
-            assert server.url is not None
-            url = server.url.rstrip("/")
-            running = await stack.enter_async_context(attached(url, facts.health_path))
-        session = await stack.enter_async_context(open_session(server.headers))
-        given = config.limits
-        blocks = None
-        if given.pool_tokens is not None and given.block_size is not None:
-            blocks = given.pool_tokens // given.block_size + 1
-        shown = await read_limits(session, url, facts, blocks)
-        yield Target(url, facts, session, shown, engine_limits(shown, config), running.poll)
-
-
-def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits:
-    """Limits that the server shows, completed by those that the config states."""
-    given = config.limits
-    watermark = given.watermark if shown.watermark is None else shown.watermark
-    ahead = given.async_scheduling if shown.async_scheduling is None else shown.async_scheduling
-    return EngineLimits(
-        num_blocks=shown.num_blocks,
-        block_size=shown.block_size,
-        max_num_seqs=shown.max_num_seqs or given.max_num_seqs,
-        max_num_batched_tokens=shown.max_num_batched_tokens or given.max_num_batched_tokens,
-        max_model_len=shown.max_model_len,
-        watermark=watermark or 0.0,
-        long_prefill_token_threshold=shown.long_prefill_token_threshold or 0,
-        async_scheduling=bool(ahead),
-    )
-
-
-def _require_fitting(workload: Workload, limits: EngineLimits) -> None:
-    longest = int((workload.prompt_tokens + workload.output_tokens).max())
-    bounds = {"the KV pool": limits.pool_tokens, "max_model_len": limits.max_model_len}
-    for name, bound in bounds.items():
-        if bound is not None and longest > bound:
-            raise ConfigError(
-                f"workload: prompt + output reach {longest} tokens, {name} of the server is {bound}: "
-                f"shorten the lengths or set workload.max_total_tokens: {bound}"
-            )
 
 
 async def _calibrated(
@@ -225,164 +132,33 @@ def _announce(prediction: Prediction, plan: Plan, display: Display) -> None:
 # -- the load ------------------------------------------------------------------------------------
 
 
-async def _drive_all(
-    config: ExperimentConfig,
-    target: Target,
-    workload: Workload,
-    plan: Plan,
-    store: Store,
-    display: Display,
-    gpus: GpuReader | NoGpu,
-) -> None:
+async def _drive_all(stage: Stage, plan: Plan) -> None:
     """Every planned run, then runs at other rates while the truth lies outside those tried."""
     countdown = Countdown(plan.duration_s)
     for run in plan.runs:
-        await _drive_run(config, target, workload, run, plan, store, display, gpus, countdown)
-    for _ in range(MAX_EXTRA_RUNS if config.load.extend else 0):
-        load = outside(load_evidence(store))
+        await offer(stage, run, plan.prediction_digest, countdown)
+    for _ in range(MAX_EXTRA_RUNS if stage.config.load.extend else 0):
+        evidence = load_evidence(stage.store)
+        load = outside(evidence)
         if load is None:
             return
-        claim = Prediction.from_dict(store.read_json("prediction.json")["claim"])
-        more = _plan(config, workload, claim, plan.prediction_digest, (load,), len(plan.runs))
-        display.say(f"extending   to {load:.2f} of the predicted rate: the answer lies outside")
+        more = _plan(
+            stage.config,
+            stage.workload,
+            evidence.prediction,
+            plan.prediction_digest,
+            (load,),
+            len(plan.runs),
+        )
+        stage.display.say(
+            f"extending   to {load:.2f} of the predicted rate: the answer lies outside"
+        )
         plan = replace(plan, runs=plan.runs + more.runs, power=plan.power + more.power)
-        store.write_json("plan.json", plan.to_dict())
-        countdown = Countdown(more.duration_s)
-        await _drive_run(
-            config, target, workload, more.runs[0], plan, store, display, gpus, countdown
-        )
+        stage.store.write_json("plan.json", plan.to_dict())
+        await offer(stage, more.runs[0], plan.prediction_digest, Countdown(more.duration_s))
 
 
-async def _drive_run(
-    config: ExperimentConfig,
-    target: Target,
-    workload: Workload,
-    run: Run,
-    plan: Plan,
-    store: Store,
-    display: Display,
-    gpus: GpuReader | NoGpu,
-    countdown: Countdown,
-) -> None:
-    """Offer one run's load and write everything that is seen while it lasts."""
-    arrival_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
-    lengths = workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
-    prompts = make_prompts(lengths[:, 0], run.seed, range(*config.load.vocabulary))
-    bodies = [
-        completion_body(target.shown.model_id, prompt, int(o), int(declared))
-        for prompt, (_, o, declared) in zip(prompts, lengths, strict=True)
-    ]
-    await _idle(target, display)
-    start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
-    store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), plan.prediction_digest)
-    name = f"{run.arrival_rate:.4g} req/s ({run.id[3:]} of critical)"
-
-    def progress(elapsed_s: float, sent: int, in_flight: int) -> None:
-        display.phase(name, elapsed_s / run.horizon_s, countdown.left_s())
-        display.load(in_flight, sent)
-
-    reason: EndReason = "interrupted"
-    stats: SamplerStats | None = None
-    async with _recording(target, config, store, run.id, gpus) as (on_record, sampling):
-        loading = asyncio.create_task(
-            drive(
-                target.session,
-                f"{target.url}/v1/completions",
-                arrival_s,
-                bodies,
-                lengths,
-                run.horizon_s,
-                start_ns,
-                on_record,
-                progress=progress,
-                send_delay_s=config.load.send_delay_ms / 1e3,
-            )
-        )
-        try:
-            await asyncio.wait({loading, sampling.task}, return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
-                loading.cancel()
-                await asyncio.gather(loading, return_exceptions=True)
-                reason = "server gone"
-            else:
-                loading.result()
-                reason = "horizon"
-            stats = await sampling.finish()
-        finally:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
-            end_ns = time.monotonic_ns()
-            store.end_run(run.id, end_ns, reason, stats)
-
-
-class _Sampling:
-    """The sampler as a task that can be told to stop."""
-
-    def __init__(self, task: asyncio.Task[SamplerStats], stop: asyncio.Event) -> None:
-        self.task = task
-        self._stop = stop
-
-    async def finish(self) -> SamplerStats:
-        """Stop after the sample under way. Raises what the sampler raised."""
-        self._stop.set()
-        return await self.task
-
-
-@contextlib.asynccontextmanager
-async def _recording(
-    target: Target, config: ExperimentConfig, store: Store, run_id: str, gpus: GpuReader | NoGpu
-) -> AsyncIterator[tuple[Callable[[RequestRecord], None], _Sampling]]:
-    """Append-only streams of one run, with the sampler writing into two of them."""
-    with contextlib.ExitStack() as streams:
-        requests, engine, gpu = (
-            streams.enter_context(store.stream(run_id, name))
-            for name in ("requests", "engine", "gpu")
-        )
-
-        def write_gpus(rows: Sequence[GpuSample]) -> None:
-            for row in rows:
-                gpu.write(row)
-
-        stop = asyncio.Event()
-        task = asyncio.create_task(
-            sample_engine(
-                target.session,
-                target.url,
-                target.facts,
-                config.sample_interval_s,
-                stop,
-                engine.write,
-                gpus=gpus if isinstance(gpus, GpuReader) else None,
-                on_gpu=write_gpus if isinstance(gpus, GpuReader) else None,
-                version=target.shown.version,
-            )
-        )
-        try:
-            yield requests.write, _Sampling(task, stop)
-        finally:
-            stop.set()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-async def _idle(target: Target, display: Display) -> None:
-    """Wait until nothing is left of the run before. Raises ServerFailed if the server never is."""
-    display.phase("waiting for an idle server")
-    seen = asyncio.Event()
-
-    def look(sample: Any) -> None:
-        if sample.waiting == 0 and sample.running == 0:
-            seen.set()
-
-    async with asyncio.timeout(DRAIN_TIMEOUT_S):
-        try:
-            await sample_engine(target.session, target.url, target.facts, 0.2, seen, look)
-        except TimeoutError as error:
-            raise ServerFailed(
-                f"{target.url} still had requests after {DRAIN_TIMEOUT_S:.0f} s: stop other clients"
-            ) from error
-
-
-def outside(evidence: Any) -> float | None:
+def outside(evidence: Evidence) -> float | None:
     """The load to try next when the critical rate lies outside the rates tried, else None.
 
     Above all rates when no queue stayed; below all rates when none was stable.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.evidence import variance_ratio
 from analysis.growth import (
     growth_power,
     needed_requests,
@@ -15,7 +16,6 @@ from analysis.growth import (
     stability_power,
     stationary_variance,
 )
-from analysis.judge import variance_ratio
 from analysis.kv_demand import residence_steps
 from analysis.prediction import Prediction
 from loadgen.records import Run

@@ -14,6 +14,7 @@ from analysis.prediction import Claim, Grade, Prediction
 from analysis.second_opinion import simulated_rate
 from analysis.step_time import StepTimeFit, exact_step_time
 from harness.config import ConfigError, ExperimentConfig
+from harness.target import require_fitting
 from loadgen.workload import Workload
 
 SECOND_OPINION_REQUESTS = 3000
@@ -85,6 +86,7 @@ def offline_predictions(config: ExperimentConfig) -> dict[str, Any]:
     if config.step_time is None:
         raise ConfigError("step_time: a prediction without a server needs it stated")
     fit = exact_step_time(config.step_time.law())
+    require_fitting(config.law(), limits)
     found = predictions(config, config.law(), limits, fit, "P0")
     summary = _summary(found) | _published(config, found["paper"]["critical_rate"]["value"])
     return {"name": config.name, **found, "summary": summary}

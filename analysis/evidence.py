@@ -1,0 +1,68 @@
+"""What a verdict rests on, and the moments of the workload that its statistics need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.engine import EngineLimits
+from analysis.estimate import Estimate
+from analysis.frames import RunFrames
+from analysis.kv_demand import kv_demand_blocks, kv_demand_engine
+from analysis.prediction import Prediction
+from loadgen.records import LoadFidelity
+from loadgen.workload import Workload
+
+OVERRUN_LIMIT = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredRun:
+    """One finished or interrupted run with the test of its load."""
+
+    frames: RunFrames
+    fidelity: LoadFidelity
+    overrun: float | None
+    """Share of a mock server's steps that ran late; None for a real engine."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> bool:
+        return self.fidelity.valid and (self.overrun is None or self.overrun <= OVERRUN_LIMIT)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Everything a verdict rests on. ``prediction`` is the claim; it was on disk before any run."""
+
+    name: str
+    theta: float
+    prediction: Prediction
+    paper: Prediction
+    engine: Prediction
+    simulated: Estimate | None
+    limits: EngineLimits
+    workload: Workload
+    runs: tuple[MeasuredRun, ...]
+
+
+def variance_ratio(workload: Workload) -> float:
+    """ca2 + cd2 of theory.md 6.1: 1 for Poisson arrivals and CV^2 of the KV demand for departures."""
+    demand = work_demand(workload)
+    mean = workload.mean(demand)
+    return 1.0 + workload.mean((demand / mean - 1.0) ** 2)
+
+
+def work_demand(workload: Workload) -> NDArray[np.float64]:
+    """KV demand per support point in the convention of `growth.work_done`, shape (n,)."""
+    s, o = workload.prompt_tokens, workload.output_tokens
+    return np.asarray(kv_demand_engine(s, o, int(s.max())), dtype=float)
+
+
+def rounding(workload: Workload, block_size: int) -> float:
+    """E[g in whole blocks] / E[g in tokens]."""
+    s, o = workload.prompt_tokens, workload.output_tokens
+    blocks = np.asarray(kv_demand_blocks(s, o, int(s.max()), block_size), dtype=float)
+    return workload.mean(blocks) / workload.mean(work_demand(workload))

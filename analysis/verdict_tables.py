@@ -1,0 +1,160 @@
+"""Tables of a verdict: other predictors, other estimators, and what was assumed beside what was seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.audit import Identity, binding_resource
+from analysis.estimate import Estimate, combined
+from analysis.evidence import Evidence
+from analysis.growth import HingePoint, hinge
+from analysis.run_verdict import Capacity
+from analysis.verdict import AssumedObserved, Check, NamedEstimate, RunJudgement
+
+
+def other_predictions(evidence: Evidence, best: Capacity | None) -> tuple[NamedEstimate, ...]:
+    others = [
+        NamedEstimate(
+            name="paper M / (b E[g])",
+            estimate=evidence.paper.critical_rate,
+            note="the premises of the paper: the KV cache binds, tokens not blocks",
+        ),
+        NamedEstimate(
+            name="engine",
+            estimate=evidence.engine.critical_rate,
+            note=f"blocks, ceilings, recompute; {evidence.engine.binding} binds",
+        ),
+    ]
+    if evidence.simulated is not None:
+        others.append(
+            NamedEstimate(
+                name="simulated",
+                estimate=evidence.simulated,
+                note="the scheduler model under saturated Poisson load",
+            )
+        )
+    if best is not None:
+        step = best.saturated.step_time
+        value = evidence.paper.kv_demand.value * step.value
+        audit_rate = Estimate.exact(evidence.limits.pool_tokens, "tokens", "").value / value
+        spread = step.half_width / step.value
+        others.append(
+            NamedEstimate(
+                name="P3 audit",
+                estimate=Estimate(
+                    audit_rate,
+                    audit_rate * (1 - spread),
+                    audit_rate * (1 + spread),
+                    0.95,
+                    "req/s",
+                    "paper's formula with the saturated run's own b",
+                ),
+                note="close to an identity: it audits the inputs and decides nothing",
+            )
+        )
+    return tuple(others)
+
+
+def other_measurements(
+    judgements: Sequence[RunJudgement], capacities: Sequence[Capacity]
+) -> tuple[NamedEstimate, ...]:
+    found: list[NamedEstimate] = []
+    counted = combined([c.by_count for c in capacities])
+    if counted is not None:
+        found.append(
+            NamedEstimate(name="by count", estimate=counted, note="completions under backlog")
+        )
+    points = [
+        HingePoint(j.realised_rate, j.drift.value, j.drift.standard_error)
+        for j in judgements
+        if j.verdict != "invalid" and not math.isnan(j.drift.value)
+    ]
+    fitted = hinge(points) if len(points) >= 2 else None
+    if fitted is not None:
+        found.append(NamedEstimate(name="hinge", estimate=fitted, note="drift against rate"))
+    return tuple(found)
+
+
+def assumed_observed(
+    evidence: Evidence,
+    held: Sequence[Check],
+    best: Capacity | None,
+    audited: Identity | None,
+) -> tuple[AssumedObserved, ...]:
+    runs = [r for r in evidence.runs if len(r.frames.requests)]
+    rows: list[AssumedObserved] = []
+    gaps_ok = [c.passed for r in runs for c in r.fidelity.checks if c.passed is not None]
+    rows.append(
+        AssumedObserved(
+            quantity="arrivals",
+            assumed="Poisson, open loop",
+            observed=f"{sum(gaps_ok)} of {len(gaps_ok)} load checks passed",
+            agrees=all(gaps_ok),
+        )
+    )
+    for label, column, designed in (
+        ("mean prompt", "prompt_tokens", evidence.workload.prompt_tokens),
+        ("mean output", "output_tokens_designed", evidence.workload.output_tokens),
+    ):
+        values = np.concatenate([r.frames.requests[column].to_numpy(dtype=float) for r in runs])
+        mean = evidence.workload.mean(designed)
+        error = float(np.std(values) / math.sqrt(len(values)))
+        rows.append(
+            AssumedObserved(
+                quantity=f"{label} length",
+                assumed=f"{mean:.2f} tokens",
+                observed=f"{values.mean():.2f} +- {1.96 * error:.2f} tokens",
+                agrees=bool(abs(values.mean() - mean) <= 4 * error + 1e-9),
+            )
+        )
+    premises = {check.name: check for check in held}
+    rows.append(
+        AssumedObserved(
+            quantity="prefix hits",
+            assumed="0 tokens",
+            observed=f"{premises['no prefix hits'].observed:.0f} tokens",
+            agrees=premises["no prefix hits"].holds,
+        )
+    )
+    if best is not None:
+        seen = best.saturated
+        rows.append(
+            AssumedObserved(
+                quantity="eviction",
+                assumed=f"{evidence.engine.recomputed_tokens:.0f} tokens recomputed per request",
+                observed=f"{seen.preemptions_per_request:.2f} preemptions per request",
+                agrees=None,
+            )
+        )
+        step = seen.step_time.scaled(1e3, "ms")
+        expected = evidence.prediction.step_time_s.scaled(1e3, "ms")
+        rows.append(
+            AssumedObserved(
+                quantity="step time b at saturation",
+                assumed=f"{expected.value:.2f} ms [{expected.low:.2f}, {expected.high:.2f}]",
+                observed=f"{step.value:.2f} ms [{step.low:.2f}, {step.high:.2f}]",
+                agrees=abs(step.value / expected.value - 1) <= evidence.theta / 2,
+            )
+        )
+        rows.append(
+            AssumedObserved(
+                quantity="what binds",
+                assumed=evidence.prediction.binding,
+                observed=binding_resource(seen, evidence.limits),
+                agrees=binding_resource(seen, evidence.limits) == evidence.prediction.binding,
+            )
+        )
+    if audited is not None:
+        pool = audited.implied_pool
+        rows.append(
+            AssumedObserved(
+                quantity="KV pool M",
+                assumed=f"{evidence.limits.pool_tokens} tokens",
+                observed=f"{pool.value:.0f} tokens [{pool.low:.0f}, {pool.high:.0f}]",
+                agrees=audited.check.holds,
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,166 @@
+"""Offer the load of one run and write everything that is seen while it lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from harness.config import ExperimentConfig
+from harness.display import Countdown, Display
+from harness.gpu import GpuReader, GpuSample, NoGpu
+from harness.sampler import SamplerStats, sample_engine
+from harness.server import ServerFailed
+from harness.store import EndReason, Store
+from harness.target import Target
+from loadgen.arrivals import poisson
+from loadgen.drive import drive
+from loadgen.prompts import completion_body, make_prompts
+from loadgen.records import RequestRecord, Run
+from loadgen.workload import Workload
+
+START_DELAY_S = 0.5
+DRAIN_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What all runs of an experiment share."""
+
+    config: ExperimentConfig
+    target: Target
+    workload: Workload
+    store: Store
+    display: Display
+    gpus: GpuReader | NoGpu
+
+
+async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Countdown) -> None:
+    """Drive one run to its horizon; its folder holds all that was seen, however it ends.
+
+    Raises ServerGone when the server stops answering, and passes a cancellation on.
+    """
+    config, target, store = stage.config, stage.target, stage.store
+    arrival_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
+    lengths = stage.workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
+    prompts = make_prompts(lengths[:, 0], run.seed, range(*config.load.vocabulary))
+    bodies = [
+        completion_body(target.shown.model_id, prompt, int(o), int(declared))
+        for prompt, (_, o, declared) in zip(prompts, lengths, strict=True)
+    ]
+    await _idle(target, stage.display)
+    start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
+    store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), prediction_digest)
+    name = f"{run.arrival_rate:.4g} req/s ({run.id[3:]} of critical)"
+
+    def progress(elapsed_s: float, sent: int, in_flight: int) -> None:
+        stage.display.phase(name, elapsed_s / run.horizon_s, countdown.left_s())
+        stage.display.load(in_flight, sent)
+
+    reason: EndReason = "interrupted"
+    stats: SamplerStats | None = None
+    async with _recording(stage, run.id) as (on_record, sampling):
+        loading = asyncio.create_task(
+            drive(
+                target.session,
+                f"{target.url}/v1/completions",
+                arrival_s,
+                bodies,
+                lengths,
+                run.horizon_s,
+                start_ns,
+                on_record,
+                progress=progress,
+                send_delay_s=config.load.send_delay_ms / 1e3,
+            )
+        )
+        try:
+            await asyncio.wait({loading, sampling.task}, return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                loading.cancel()
+                await asyncio.gather(loading, return_exceptions=True)
+                reason = "server gone"
+            else:
+                loading.result()
+                reason = "horizon"
+            stats = await sampling.finish()
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            end_ns = time.monotonic_ns()
+            store.end_run(run.id, end_ns, reason, stats)
+
+
+class _Sampling:
+    """The sampler as a task that can be told to stop."""
+
+    def __init__(self, task: asyncio.Task[SamplerStats], stop: asyncio.Event) -> None:
+        self.task = task
+        self._stop = stop
+
+    async def finish(self) -> SamplerStats:
+        """Stop after the sample under way. Raises what the sampler raised."""
+        self._stop.set()
+        return await self.task
+
+
+@contextlib.asynccontextmanager
+async def _recording(
+    stage: Stage, run_id: str
+) -> AsyncIterator[tuple[Callable[[RequestRecord], None], _Sampling]]:
+    """Append-only streams of one run, with the sampler writing into two of them."""
+    gpus = stage.gpus if isinstance(stage.gpus, GpuReader) else None
+    with contextlib.ExitStack() as streams:
+        requests = streams.enter_context(stage.store.stream(run_id, "requests"))
+        engine = streams.enter_context(stage.store.stream(run_id, "engine"))
+        on_gpu: Callable[[Sequence[GpuSample]], None] | None = None
+        if gpus is not None:
+            gpu = streams.enter_context(stage.store.stream(run_id, "gpu"))
+
+            def on_gpu(rows: Sequence[GpuSample]) -> None:
+                for row in rows:
+                    gpu.write(row)
+
+        stop = asyncio.Event()
+        task = asyncio.create_task(
+            sample_engine(
+                stage.target.session,
+                stage.target.url,
+                stage.target.facts,
+                stage.config.sample_interval_s,
+                stop,
+                engine.write,
+                gpus=gpus,
+                on_gpu=on_gpu,
+                version=stage.target.shown.version,
+            )
+        )
+        try:
+            yield requests.write, _Sampling(task, stop)
+        finally:
+            stop.set()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _idle(target: Target, display: Display) -> None:
+    """Wait until nothing is left of the run before. Raises ServerFailed if the server never is."""
+    display.phase("waiting for an idle server")
+    seen = asyncio.Event()
+
+    def look(sample: Any) -> None:
+        if sample.waiting == 0 and sample.running == 0:
+            seen.set()
+
+    async with asyncio.timeout(DRAIN_TIMEOUT_S):
+        try:
+            await sample_engine(target.session, target.url, target.facts, 0.2, seen, look)
+        except TimeoutError as error:
+            raise ServerFailed(
+                f"{target.url} still had requests after {DRAIN_TIMEOUT_S:.0f} s: stop other clients"
+            ) from error

@@ -1,0 +1,97 @@
+"""The server under test: attached to or started, with the limits that it shows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import aiohttp
+import yaml
+
+from analysis.engine import EngineLimits
+from harness.config import ConfigError, ExperimentConfig
+from harness.engines import ENGINES, EngineFacts, ServerLimits, mock_argv, read_limits
+from harness.server import attached, free_port, launched
+from harness.store import Store
+from loadgen.client import open_session
+from loadgen.workload import Workload
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A server that answers, and what it shows of itself."""
+
+    url: str
+    facts: EngineFacts
+    session: aiohttp.ClientSession
+    shown: ServerLimits
+    limits: EngineLimits
+    poll: Callable[[], str | None]
+
+
+@contextlib.asynccontextmanager
+async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator[Target]:
+    """The server of the config, attached to or started as a mock, with its limits read back."""
+    if config.server is None:
+        raise ConfigError(
+            "server: give a url or a mock to drive; without one use `critrate predict`"
+        )
+    server = config.server
+    facts = ENGINES["mock" if server.mock is not None else server.engine]
+    async with contextlib.AsyncExitStack() as stack:
+        if server.mock is not None:
+            mock_file = store.path / "mock.yaml"
+            parameters = server.mock.model_dump(mode="json", exclude_none=True)
+            store.write_text("mock.yaml", yaml.safe_dump(parameters, sort_keys=False))
+            url = f"http://127.0.0.1:{server.port or free_port()}"
+            argv = [*mock_argv(mock_file), "--port", url.rsplit(":", 1)[1]]
+            running = await stack.enter_async_context(
+                launched(
+                    argv,
+                    {},
+                    url,
+                    facts.health_path,
+                    server.ready_timeout_s,
+                    store.path / "engine.log",
+                )
+            )
+        else:
+            assert server.url is not None
+            url = server.url.rstrip("/")
+            running = await stack.enter_async_context(attached(url, facts.health_path))
+        session = await stack.enter_async_context(open_session(server.headers))
+        given = config.limits
+        blocks = None
+        if given.pool_tokens is not None and given.block_size is not None:
+            blocks = given.pool_tokens // given.block_size + 1
+        shown = await read_limits(session, url, facts, blocks)
+        yield Target(url, facts, session, shown, engine_limits(shown, config), running.poll)
+
+
+def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits:
+    """Limits that the server shows, completed by those that the config states."""
+    given = config.limits
+    watermark = given.watermark if shown.watermark is None else shown.watermark
+    ahead = given.async_scheduling if shown.async_scheduling is None else shown.async_scheduling
+    return EngineLimits(
+        num_blocks=shown.num_blocks,
+        block_size=shown.block_size,
+        max_num_seqs=shown.max_num_seqs or given.max_num_seqs,
+        max_num_batched_tokens=shown.max_num_batched_tokens or given.max_num_batched_tokens,
+        max_model_len=shown.max_model_len,
+        watermark=watermark or 0.0,
+        long_prefill_token_threshold=shown.long_prefill_token_threshold or 0,
+        async_scheduling=bool(ahead),
+    )
+
+
+def require_fitting(workload: Workload, limits: EngineLimits) -> None:
+    longest = int((workload.prompt_tokens + workload.output_tokens).max())
+    bounds = {"the KV pool": limits.pool_tokens, "max_model_len": limits.max_model_len}
+    for name, bound in bounds.items():
+        if bound is not None and longest > bound:
+            raise ConfigError(
+                f"workload: prompt + output reach {longest} tokens, {name} of the server is {bound}: "
+                f"shorten the lengths or set workload.max_total_tokens: {bound}"
+            )
