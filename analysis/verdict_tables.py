@@ -16,6 +16,7 @@ from analysis.verdict import AssumedObserved, Check, NamedEstimate, RunJudgement
 
 
 def other_predictions(evidence: Evidence, best: Capacity | None) -> tuple[NamedEstimate, ...]:
+    """Every predictor beside the claim, the P3 audit included, with what each assumes."""
     others = [
         NamedEstimate(
             name="paper M / (b E[g])",
@@ -61,6 +62,7 @@ def other_predictions(evidence: Evidence, best: Capacity | None) -> tuple[NamedE
 def other_measurements(
     judgements: Sequence[RunJudgement], capacities: Sequence[Capacity]
 ) -> tuple[NamedEstimate, ...]:
+    """The critical rate by counting completions and by the hinge over all valid runs."""
     found: list[NamedEstimate] = []
     counted = combined([c.by_count for c in capacities])
     if counted is not None:
@@ -84,6 +86,7 @@ def assumed_observed(
     best: Capacity | None,
     audited: Identity | None,
 ) -> tuple[AssumedObserved, ...]:
+    """What the prediction assumed beside what the runs showed, row by row."""
     runs = [r for r in evidence.runs if len(r.frames.requests)]
     rows: list[AssumedObserved] = []
     gaps_ok = [c.passed for r in runs for c in r.fidelity.checks if c.passed is not None]

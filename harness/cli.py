@@ -21,7 +21,7 @@ from harness.engines import LimitsUnreadable, MissingMetric
 from harness.experiment import run_experiment
 from harness.predict import offline_predictions
 from harness.server import ServerFailed
-from harness.store import Store, StoreError
+from harness.store import Store, StoreError, missing
 
 app = typer.Typer(
     add_completion=False,
@@ -87,8 +87,12 @@ def predict(config: ConfigPath, as_json: Json = False) -> None:
 @app.command("analyse")
 def analyse_folder(folder: Folder) -> None:
     """Judge a results folder again, from its files alone."""
-    verdict = analyse(Store.open(folder))
-    Console().print(summary(verdict), highlight=False, soft_wrap=True)
+    store = Store.open(folder)
+    verdict = analyse(store)
+    console = Console()
+    console.print(summary(verdict), highlight=False, soft_wrap=True)
+    for sentence in missing(store.path):
+        console.print(f"missing     {sentence}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(verdict.exit_code)
 
 

@@ -133,6 +133,8 @@ class ServerConfig(_Section):
 
 
 class UniformConfig(_Section):
+    """Independent uniform lengths, both bounds included."""
+
     prompt: Range
     output: Range
 
@@ -146,6 +148,8 @@ class UniformConfig(_Section):
 
 
 class FixedConfig(_Section):
+    """Every request has these lengths."""
+
     prompt: Positive
     output: Positive
 
@@ -205,6 +209,8 @@ class WorkloadConfig(_Section):
 
 
 class MixtureConfig(_Section):
+    """One law of a mixture; weights need not sum to 1."""
+
     weight: Annotated[float, Field(gt=0)]
     workload: WorkloadConfig
 

@@ -1,0 +1,85 @@
+"""Verdicts of whole experiments, rehearsed in virtual time against honest and lying servers."""
+
+from pathlib import Path
+
+import pytest
+
+from analysis.verdict import EXIT_CODES, Verdict
+from harness.config import load_config
+from harness.rehearsal import rehearse
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def verdict_of(name: str, seed: int = 1) -> Verdict:
+    return rehearse(load_config(CONFIGS / name), seed)
+
+
+@pytest.fixture(scope="module")
+def honest() -> Verdict:
+    return verdict_of("mock.yaml")
+
+
+def test_an_honest_server_is_confirmed(honest: Verdict) -> None:
+    assert honest.outcome == "confirmed"
+    assert [run.verdict for run in honest.runs] == ["stable", "unstable", "unstable"]
+    assert honest.ratio is not None
+    assert honest.ratio.low <= 1.0 <= honest.ratio.high + 0.01
+    assert honest.binding == honest.binding_observed == "kv_cache"
+
+
+def test_the_books_of_an_honest_server_balance(honest: Verdict) -> None:
+    assert all(check.holds for check in honest.audit), [c for c in honest.audit if not c.holds]
+    assert all(check.holds for check in honest.premises)
+    product = 1.0
+    for factor in honest.identity:
+        product *= factor.estimate.value
+    # The three factors of theory.md 2.6 multiply to measured over M / (b E[g]) in whole blocks.
+    assert product == pytest.approx(1.0, abs=0.03)
+
+
+def test_every_number_carries_an_interval(honest: Verdict) -> None:
+    for estimate in (honest.predicted, honest.measured, honest.ratio):
+        assert estimate is not None
+        assert estimate.low < estimate.value < estimate.high
+        assert estimate.method
+
+
+@pytest.mark.parametrize(
+    ("config", "side"), [("faults/pool_smaller.yaml", -1), ("faults/pool_larger.yaml", 1)]
+)
+def test_a_pool_that_is_not_the_claimed_one_is_refuted_and_named(config: str, side: int) -> None:
+    verdict = verdict_of(config)
+    assert verdict.outcome == "refuted"
+    assert verdict.exit_code == EXIT_CODES["refuted"] == 10
+    assert verdict.ratio is not None
+    assert (verdict.ratio.value - 1.0) * side > 0.2
+    assert any(reason.startswith("pool:") for reason in verdict.reasons)
+    implied = next(c for c in verdict.audit if c.name == "memory-time identity")
+    assert implied.observed == pytest.approx(0.7 if side < 0 else 1.3, abs=0.06)
+
+
+def test_a_sequence_limit_violates_the_papers_premise() -> None:
+    verdict = verdict_of("sequence_bound_paper.yaml")
+    # A rehearsal does not probe for ceilings; the engine's model must know the limit.
+    config = load_config(CONFIGS / "sequence_bound_paper.yaml")
+    known = config.model_copy(
+        update={"limits": config.limits.model_copy(update={"max_num_seqs": 64})}
+    )
+    verdict = rehearse(known, 1)
+    assert verdict.outcome == "premise_violated"
+    assert verdict.binding_observed == "max_num_seqs"
+    assert "max_num_seqs" in verdict.headline
+    confirmed = rehearse(known.model_copy(update={"claim": "engine", "load": load_of()}), 1)
+    assert confirmed.outcome == "confirmed"
+    assert confirmed.binding == "max_num_seqs"
+
+
+def load_of():
+    return load_config(CONFIGS / "sequence_bound.yaml").load
+
+
+def test_outcomes_never_come_without_a_reason(honest: Verdict) -> None:
+    for verdict in (honest, verdict_of("faults/pool_smaller.yaml")):
+        assert verdict.headline
+        assert verdict.reasons

@@ -1,0 +1,70 @@
+"""Probes and what their token times say, against engines whose step law is known."""
+
+import numpy as np
+import pytest
+
+from analysis.engine import EngineLimits
+from analysis.kv_demand import kv_demand_engine, residence_steps
+from analysis.probes import design_probes, step_observation
+from analysis.simulate import simulate
+from analysis.step_time import StepTime, fit_step_time
+from loadgen.workload import uniform
+
+LIMITS = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)
+LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7, b3_s_per_request=1e-5)
+WORKLOAD = uniform((16, 112), (16, 112))
+
+
+def observe(probe):
+    lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
+    lengths += [(probe.prompt_length, 1)] * probe.prompts
+    arrivals = [0.0] * probe.count + [0.04 * (i + 1) for i in range(probe.prompts)]
+    triples = np.array([(s, o, o) for s, o in lengths])
+    return step_observation(simulate(LIMITS, LAW, np.array(arrivals), triples, 600.0).records)
+
+
+def test_observations_reproduce_the_law_without_noise() -> None:
+    for probe in design_probes(WORKLOAD, LIMITS):
+        if probe.output_tokens == 1:
+            continue
+        seen = observe(probe)
+        expected = (
+            seen.steps * LAW.b0_s
+            + seen.tokens * LAW.b1_s_per_token
+            + seen.kv_tokens * LAW.b2_s_per_kv_token
+            + seen.running * LAW.b3_s_per_request
+        )
+        assert seen.duration_s == pytest.approx(expected, rel=2e-3), probe.name
+
+
+def test_the_probes_tell_the_four_terms_apart() -> None:
+    probes = [p for p in design_probes(WORKLOAD, LIMITS) if p.output_tokens > 1]
+    fit = fit_step_time([observe(p) for p in probes for _ in range(3)])
+    assert fit.condition_number < 30
+    assert fit.law.coefficients() == pytest.approx(LAW.coefficients(), rel=0.05)
+
+
+@pytest.mark.parametrize("blocks", [64, 300, 5000])
+@pytest.mark.parametrize(
+    "lengths", [((16, 112), (16, 112)), ((400, 800), (8, 20)), ((4, 9), (200, 700))]
+)
+def test_probes_fit_the_pool_and_meet_the_ceilings_that_matter(blocks, lengths) -> None:
+    workload = uniform(*lengths)
+    longest = int((workload.prompt_tokens + workload.output_tokens).max())
+    limits = EngineLimits(num_blocks=blocks, block_size=16, max_model_len=max(longest, 200))
+    if longest > limits.pool_tokens:
+        pytest.skip("the workload does not fit")
+    chunk = int(workload.prompt_tokens.max())
+    demand = workload.mean(kv_demand_engine(workload.prompt_tokens, workload.output_tokens, chunk))
+    steps = workload.mean(residence_steps(workload.prompt_tokens, workload.output_tokens, chunk))
+    for probe in design_probes(workload, limits):
+        per_request = -(-(probe.prompt_tokens + probe.output_tokens) // 16)
+        if probe.output_tokens > 1:
+            assert probe.count * per_request <= blocks
+        assert probe.prompt_tokens + probe.output_tokens <= limits.max_model_len
+        assert probe.prompt_length + 1 <= limits.max_model_len
+        assert probe.count >= 1
+    short = next(p for p in design_probes(workload, limits) if p.name == "short")
+    running = limits.pool_tokens / demand * steps
+    room = blocks * 0.7 / -(-(short.prompt_tokens + short.output_tokens) // 16)
+    assert short.count >= min(running, int(room), 400) * 0.99
