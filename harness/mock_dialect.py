@@ -167,6 +167,7 @@ class Words:
 
 
 def integer(body: dict[str, Any], name: str, absent: int) -> int:
+    """The integer under ``name``, or ``absent``. Raises ApiError for anything else."""
     value = body.get(name)
     if value is None:
         return absent
@@ -176,6 +177,7 @@ def integer(body: dict[str, Any], name: str, absent: int) -> int:
 
 
 def is_token_ids(value: Any) -> bool:
+    """Is this a list of whole numbers, none of them negative?"""
     return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
@@ -202,6 +204,7 @@ def words_to_ids(text: str) -> list[int]:
 
 
 def messages_text(body: dict[str, Any]) -> str:
+    """The text of a chat, joined by spaces. Raises ApiError when there is none."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages must be a non-empty list.", "messages")

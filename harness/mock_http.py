@@ -230,6 +230,7 @@ class Server:
 async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
+    """Every error as the JSON object that vLLM answers with."""
     try:
         return await handler(request)
     except ApiError as error:

@@ -152,6 +152,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def how_it_ended(returncode: int) -> str:
+    """How a process ended, as the end of a sentence."""
     if returncode < 0:
         return f"was killed by {signal.Signals(-returncode).name}"
     return f"ended with exit status {returncode}"

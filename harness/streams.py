@@ -138,6 +138,7 @@ class JsonLines:
 
 
 def storage_error(error: OSError, path: Path, kept: str) -> StoreError:
+    """The error to raise for a failed write; ``kept`` says what is safe."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFull(f"no space left for {path}: {kept}; make room and run again")
     return StoreError(f"cannot write {path} ({error.strerror}): {kept}")

@@ -87,6 +87,7 @@ def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits
 
 
 def require_fitting(workload: Workload, limits: EngineLimits) -> None:
+    """Raise ConfigError unless the longest request fits the pool and the model length."""
     longest = int((workload.prompt_tokens + workload.output_tokens).max())
     bounds = {"the KV pool": limits.pool_tokens, "max_model_len": limits.max_model_len}
     for name, bound in bounds.items():
