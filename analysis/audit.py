@@ -6,7 +6,6 @@ be found broken because its consequence was disliked.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames, number_in_system, tokens_received
-from analysis.growth import Backlog, batch_edges, batch_mean, work_done
-from analysis.verdict import Check, NamedEstimate
+from analysis.growth import Backlog, batch_edges, batch_mean
+from analysis.verdict import Check
 
 STEP_BATCHES = 10
 MIN_SAMPLES = 10
@@ -25,9 +24,6 @@ FOREIGN_REQUESTS = 3
 """Requests by which a gauge may be ahead of the client: one step's departures on their way back."""
 FOREIGN_SHARE = 0.05
 BALANCE_TOLERANCE = 0.02
-IDENTITY_TOLERANCE = 0.10
-"""Edge effects, the gauge's instant within a step and wasted memory-time stay below 6 % in 200
-simulated runs; a wrong pool shows up in full."""
 KV_BOUND_USAGE = 0.90
 """Mean KV usage above which the KV cache is what refuses requests. Blocks of finished requests are
 returned before the gauge is read, so a full pool reads 0.94-0.99 (engines.md 8.1)."""
@@ -69,7 +65,13 @@ def step_time(frames: RunFrames, start_s: float, end_s: float) -> Estimate | Non
     steps = np.diff(counter_at(frames, "steps", edges))
     if steps.min() < 3:
         return None
-    return batch_mean(np.diff(edges) / steps, "s", "time over output-producing steps, 10 batches")
+    # Batches are equal in time: their mean of steps per second is total steps over total time, while
+    # their mean of seconds per step gives slow stretches too much weight.
+    cadence = batch_mean(steps / np.diff(edges), "1/s", "steps per second")
+    value = 1.0 / cadence.value
+    half = value * cadence.half_width / cadence.value
+    method = "time over output-producing steps, 10 batches"
+    return Estimate(value, value - half, value + half, cadence.level, "s", method)
 
 
 def saturation(frames: RunFrames, window: Backlog) -> Saturation | None:
@@ -194,98 +196,3 @@ def token_balance(frames: RunFrames) -> Check:
         text=f"{client:.0f} received, {server:.0f} generated "
         f"({difference:+.2%}, allowed {allowed:.2%}: two steps' tokens and {BALANCE_TOLERANCE:.0%})",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """The memory-time identity of theory.md 2.6 in a backlogged window.
-
-    served * E[g] * b = U * (1 - w): the three factors of measured over M / (b E[g]), and the pool that
-    would make both sides equal. ``check`` fails where the claimed pool does not.
-    """
-
-    factors: tuple[NamedEstimate, ...]
-    implied_pool: Estimate
-    check: Check
-
-
-def identity(
-    frames: RunFrames,
-    saturated: Saturation,
-    pool_tokens: int,
-    rounding: float,
-    predicted_step_s: float,
-) -> Identity:
-    """Audit M, g and b against one another.
-
-    ``rounding`` is E[g in blocks] / E[g in tokens] of the workload: occupancy counts whole blocks.
-    Memory-time wasted by preemptions is bounded by one prompt-sized step for each (theory.md 3.5);
-    half of that is taken, and half is its error.
-    """
-    window = saturated.window
-    edges = batch_edges(window.start_s, window.end_s, STEP_BATCHES)
-    served = np.diff(work_done(frames, edges)) * rounding
-    steps = np.diff(counter_at(frames, "steps", edges))
-    engine = frames.engine
-    occupancy = np.array(
-        [
-            engine.loc[(engine["t_s"] >= a) & (engine["t_s"] < b), "kv_usage"].mean()
-            for a, b in itertools.pairwise(edges)
-        ]
-    )
-    useful = served / steps
-    per_request = float(
-        frames.requests["prompt_tokens"].mean()
-        + frames.requests["output_tokens_designed"].mean() / 2
-    )
-    waste_most = min(
-        0.5,
-        saturated.preemptions_per_request
-        * per_request
-        * float(np.diff(counter_at(frames, "finished", edges[[0, -1]]))[0])
-        / max(float(served.sum()), 1.0),
-    )
-    kept = Estimate(
-        1 - waste_most / 2,
-        1 - waste_most,
-        1.0,
-        0.95,
-        "",
-        "half a prompt-sized step wasted for each preemption",
-    )
-    usage = batch_mean(occupancy, "", "gauge kv_cache_usage, 10 batches")
-    implied_values = useful / occupancy / kept.value
-    implied = batch_mean(implied_values, "tokens", "KV demand served per step over KV usage")
-    ratio = implied.value / pool_tokens
-    factor = predicted_step_s / saturated.step_time.value
-    step_factor = Estimate(
-        factor,
-        predicted_step_s / saturated.step_time.high,
-        predicted_step_s / max(saturated.step_time.low, 1e-9),
-        0.95,
-        "",
-        "predicted over measured mean step",
-    )
-    factors = (
-        NamedEstimate(name="occupancy U/M", estimate=usage, note="how full the pool was"),
-        NamedEstimate(
-            name="step time b_predicted/b_measured",
-            estimate=step_factor,
-            note="1 when the engine steps as fast as predicted",
-        ),
-        NamedEstimate(
-            name="memory-time not wasted 1-w",
-            estimate=kept,
-            note="lost to prompts computed again after a preemption",
-        ),
-    )
-    check = Check(
-        name="memory-time identity",
-        holds=abs(ratio - 1) <= IDENTITY_TOLERANCE,
-        observed=ratio,
-        threshold=IDENTITY_TOLERANCE,
-        text=f"KV demand served and occupancy imply a pool of {implied.value:.0f} tokens "
-        f"[{implied.low:.0f}, {implied.high:.0f}]; the server claims {pool_tokens} "
-        f"({ratio - 1:+.1%}, allowed {IDENTITY_TOLERANCE:.0%})",
-    )
-    return Identity(factors, implied, check)

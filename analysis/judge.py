@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.audit import (
-    Identity,
     binding_resource,
     client_equals_server,
     conservation,
-    identity,
     token_balance,
 )
 from analysis.estimate import Estimate, combined, ratio
 from analysis.evidence import Evidence, rounding
 from analysis.frames import RunFrames
+from analysis.identity import Identity, identity
 from analysis.premises import premises
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity, capacity, judge_run
 from analysis.verdict import Check, Outcome, RunJudgement, Verdict

@@ -107,8 +107,8 @@ RUN_ROWS: tuple[str | RunRow, ...] = (
     ("preemptions", lambda r: grouped(r.preemptions)),
     ("step time", lambda r: estimate_text(r.step_time_s)),
     "Client side, from the scheduled arrival",
-    ("TTFT, median", lambda r: seconds(r.ttft_p50_s)),
-    ("TTFT, 95th percentile", lambda r: seconds(r.ttft_p95_s)),
+    ("TTFT, median", lambda r: _ttft(r.ttft_p50_s)),
+    ("TTFT, 95th percentile", lambda r: _ttft(r.ttft_p95_s)),
 )
 
 
@@ -170,11 +170,16 @@ def identity_table(verdict: Verdict) -> Table:
         for f in verdict.identity
     )
     note = (
-        "Measured / predicted = occupancy x predicted over observed step time x work not wasted. "
+        "Measured over M / (b E[g]) = occupancy x predicted over observed step time x work not wasted. "
         "This is bookkeeping, close to an identity: it shows where a difference comes from and "
         "never decides the verdict."
     )
     return Table("Where the ratio comes from", ("factor", "value", "interval", "how"), rows, note)
+
+
+def _ttft(value_s: float) -> str:
+    """A quantile of the time to first token; requests without one count as later than any."""
+    return "not within the run" if math.isinf(value_s) else seconds(value_s)
 
 
 def record_tables(title: str, record: Mapping[str, Any], note: str = "") -> list[Table]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.audit import Identity, binding_resource
+from analysis.audit import binding_resource
 from analysis.estimate import Estimate, combined
 from analysis.evidence import Evidence
 from analysis.growth import HingePoint, hinge
+from analysis.identity import Identity
 from analysis.run_verdict import Capacity
 from analysis.verdict import AssumedObserved, Check, NamedEstimate, RunJudgement
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
+from collections.abc import Coroutine
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from analysis.judge import judge
 from analysis.summary import summary
+from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence, write_report
 from harness.calibrate import CalibrationFailed
 from harness.config import ConfigError, MockServerConfig, load_config, load_mock_config
@@ -22,6 +26,7 @@ from harness.experiment import run_experiment
 from harness.predict import offline_predictions
 from harness.server import ServerFailed
 from harness.store import Store, StoreError, missing
+from loadgen.drive import TooFewFileDescriptors
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +41,7 @@ USAGE_ERRORS = (
     LimitsUnreadable,
     MissingMetric,
     CalibrationFailed,
+    TooFewFileDescriptors,
 )
 USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 ConfigPath = Annotated[Path, typer.Argument(help="the experiment's YAML")]
@@ -61,7 +67,10 @@ def run(
     store = Store.create(out or _new_folder(settings.name))
     console = Console(stderr=as_json)
     with Display(console, quiet=as_json) as display:
-        verdict = asyncio.run(run_experiment(settings, store, display, plan_only=plan))
+        try:
+            verdict = asyncio.run(_until_terminated(run_experiment(settings, store, display, plan)))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise typer.Exit(INTERRUPT_EXIT) from None
     if verdict is None:
         return
     if as_json:
@@ -101,8 +110,6 @@ def report(folder: Folder) -> None:
     """Write report.html and report.md of a results folder again."""
     store = Store.open(folder)
     evidence = load_evidence(store)
-    from analysis.judge import judge
-
     write_report(store, evidence, judge(evidence))
     print(store.path / "report.html")
 
@@ -128,6 +135,13 @@ def mock(
             step_log=step_log,
         )
     )
+
+
+async def _until_terminated(work: Coroutine[Any, Any, Verdict | None]) -> Verdict | None:
+    """Let SIGTERM end the work as an interrupt does: servers stopped, what was measured judged."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 def _new_folder(name: str) -> Path:

@@ -63,7 +63,7 @@ class Display:
     def say(self, message: RenderableType) -> None:
         """A line that stays."""
         if not self.quiet:
-            self.console.print(message, highlight=False)
+            self.console.print(message, highlight=False, soft_wrap=True)
 
     def phase(self, name: str, share: float = 0.0, left_s: float | None = None) -> None:
         """What is going on now, the share of it that is done, and the seconds left of everything."""

@@ -57,7 +57,9 @@ async def run_experiment(
         if plan_only:
             return None
         try:
-            await _drive_all(Stage(config, target, workload, store, display, gpus), plan)
+            rate = claim.critical_rate.value
+            stage = Stage(config, target, workload, store, display, gpus, rate)
+            await _drive_all(stage, plan)
         except ServerGone as error:
             display.say(f"[red]{error}[/red]; what was measured until then is judged")
         except asyncio.CancelledError:

@@ -27,6 +27,7 @@ from loadgen.workload import Workload
 
 START_DELAY_S = 0.5
 DRAIN_TIMEOUT_S = 120.0
+SPARE_IN_FLIGHT = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class Stage:
     store: Store
     display: Display
     gpus: GpuReader | NoGpu
+    critical_rate: float
+    """Predicted, req/s."""
 
 
 async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Countdown) -> None:
@@ -65,36 +68,46 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
 
     reason: EndReason = "interrupted"
     stats: SamplerStats | None = None
-    async with _recording(stage, run.id) as (on_record, sampling):
-        loading = asyncio.create_task(
-            drive(
-                target.session,
-                f"{target.url}/v1/completions",
-                arrival_s,
-                bodies,
-                lengths,
-                run.horizon_s,
-                start_ns,
-                on_record,
-                progress=progress,
-                send_delay_s=config.load.send_delay_ms / 1e3,
+    end_ns = start_ns
+    try:
+        async with _recording(stage, run.id) as (on_record, sampling):
+            loading = asyncio.create_task(
+                drive(
+                    target.session,
+                    f"{target.url}/v1/completions",
+                    arrival_s,
+                    bodies,
+                    lengths,
+                    run.horizon_s,
+                    start_ns,
+                    on_record,
+                    progress=progress,
+                    send_delay_s=config.load.send_delay_ms / 1e3,
+                    expected_in_flight=_most_in_flight(len(arrival_s), run, stage.critical_rate),
+                )
             )
-        )
-        try:
-            await asyncio.wait({loading, sampling.task}, return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
+            try:
+                await asyncio.wait({loading, sampling.task}, return_when=asyncio.FIRST_COMPLETED)
+                if not loading.done():
+                    reason = "server gone"
+                elif loading.exception() is None:
+                    reason = "horizon"
+            finally:
                 loading.cancel()
-                await asyncio.gather(loading, return_exceptions=True)
-                reason = "server gone"
-            else:
-                loading.result()
-                reason = "horizon"
+                results = await asyncio.gather(loading, return_exceptions=True)
+                end_ns = time.monotonic_ns()
+            if isinstance(results[0], Exception):
+                raise results[0]
             stats = await sampling.finish()
-        finally:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
-            end_ns = time.monotonic_ns()
-            store.end_run(run.id, end_ns, reason, stats)
+    finally:
+        # Only now are the streams whole on the disk.
+        store.end_run(run.id, end_ns, reason, stats)
+
+
+def _most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
+    """Requests in the system at the horizon if the server were half as fast as predicted."""
+    unserved = max(0.0, 1.0 - 0.5 * critical_rate / run.arrival_rate)
+    return min(arrivals, round(arrivals * unserved) + SPARE_IN_FLIGHT)
 
 
 class _Sampling:

@@ -28,6 +28,10 @@ Progress = Callable[[float, int, int], None]
 """Called about once per second with seconds since the start, requests sent and in flight."""
 
 
+class TooFewFileDescriptors(RuntimeError):
+    """The load would need more open files than the system allows; the message says how to raise it."""
+
+
 async def drive(
     session: aiohttp.ClientSession,
     url: str,
@@ -60,7 +64,7 @@ async def drive(
     ``send_delay_s`` blocks the generator that long before each send: a proof that the lag is
     noticed. ``expected_in_flight`` is how many requests may be open at once, all of them if None.
 
-    Raises ValueError for inputs that do not fit together, RuntimeError from
+    Raises ValueError for inputs that do not fit together, TooFewFileDescriptors from
     `require_file_descriptors`, and what ``on_record`` or ``progress`` raised.
     """
     _require_schedule(arrival_s, bodies, lengths, horizon_s)
@@ -96,15 +100,15 @@ async def drive(
 def require_file_descriptors(expected_in_flight: int) -> None:
     """Make sure that so many requests fit at once; raise the soft limit of open files if need be.
 
-    Each request in flight holds a connection. Raises RuntimeError when the hard limit is too low: a
-    limit met during the run would end the open loop exactly when the queue grows.
+    Each request in flight holds a connection. Raises TooFewFileDescriptors when the hard limit is too
+    low: a limit met during the run would end the open loop exactly when the queue grows.
     """
     needed = expected_in_flight + SPARE_FILE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise RuntimeError(
+        raise TooFewFileDescriptors(
             f"{expected_in_flight} requests in flight need {needed} open files and the hard limit "
             f"is {hard}: run `ulimit -n {needed}` as root first, or lower the rate or the horizon"
         )

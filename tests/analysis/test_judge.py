@@ -31,11 +31,9 @@ def test_an_honest_server_is_confirmed(honest: Verdict) -> None:
 def test_the_books_of_an_honest_server_balance(honest: Verdict) -> None:
     assert all(check.holds for check in honest.audit), [c for c in honest.audit if not c.holds]
     assert all(check.holds for check in honest.premises)
-    product = 1.0
-    for factor in honest.identity:
-        product *= factor.estimate.value
-    # The three factors of theory.md 2.6 multiply to measured over M / (b E[g]) in whole blocks.
-    assert product == pytest.approx(1.0, abs=0.03)
+    *factors, product, measured = (factor.estimate.value for factor in honest.identity)
+    assert product == pytest.approx(factors[0] * factors[1] * factors[2])
+    assert measured == pytest.approx(product, rel=0.04)
 
 
 def test_every_number_carries_an_interval(honest: Verdict) -> None:

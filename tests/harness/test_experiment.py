@@ -20,16 +20,16 @@ CONFIG = {
     "claim": "engine",
     "server": {
         "mock": {
-            "num_blocks": 64,
+            "num_blocks": 128,
             "block_size": 16,
             "max_num_seqs": 128,
             "max_num_batched_tokens": 1024,
             "max_model_len": 512,
-            "step_time": {"b0_ms": 16, "b1_us_per_token": 20, "b2_ns_per_kv_token": 1000},
+            "step_time": {"b0_ms": 20, "b1_us_per_token": 20, "b2_ns_per_kv_token": 1000},
         }
     },
-    "workload": {"uniform": {"prompt": [8, 40], "output": [8, 40]}},
-    "load": {"rates": [0.8, 1.3], "horizon_s": 12, "extend": False, "seed": 3},
+    "workload": {"uniform": {"prompt": [16, 80], "output": [16, 80]}},
+    "load": {"rates": [0.8, 1.3], "horizon_s": 16, "extend": False, "seed": 3},
 }
 
 
