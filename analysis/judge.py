@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from analysis.audit import (
     binding_resource,
@@ -38,22 +38,21 @@ def judge(evidence: Evidence) -> Verdict:
             evidence.prediction.step_time_s.value,
         )
         audit.append(audited.check)
-    held = premises(evidence, best.saturated if best else None)
+    held = tuple(premises(evidence, best.saturated if best else None))
     share = None
     if measured is not None:
         share = ratio(measured, predicted, "measured over predicted, errors in quadrature")
-    outcome, headline, reasons, advice = _decide(
-        evidence, judgements, audit, held, measured, share, best, audited
-    )
+    found = _Findings(evidence, judgements, tuple(audit), held, best, audited)
+    ruling = _decide(found, measured, share)
     return Verdict(
         name=evidence.name,
         claim=evidence.prediction.claim,
         grade=evidence.prediction.grade,
         theta=evidence.theta,
-        outcome=outcome,
-        headline=headline,
-        reasons=tuple(reasons),
-        advice=tuple(advice),
+        outcome=ruling.outcome,
+        headline=ruling.headline,
+        reasons=ruling.reasons,
+        advice=ruling.advice,
         predicted=predicted,
         binding=evidence.prediction.binding,
         binding_observed=binding_resource(best.saturated, evidence.limits) if best else None,
@@ -63,7 +62,7 @@ def judge(evidence: Evidence) -> Verdict:
         ratio=share,
         gap=None if measured is None else abs(predicted.value / measured.value - 1.0),
         runs=judgements,
-        premises=tuple(held),
+        premises=held,
         audit=tuple(audit),
         identity=audited.factors if audited else (),
         table=assumed_observed(evidence, held, best, audited),
@@ -75,141 +74,168 @@ def _books(frames: RunFrames) -> list[Check]:
     return [conservation(frames), client_equals_server(frames), token_balance(frames)]
 
 
-def _decide(
-    evidence: Evidence,
-    judgements: Sequence[RunJudgement],
-    audit: Sequence[Check],
-    held: Sequence[Check],
-    measured: Estimate | None,
-    share: Estimate | None,
-    best: Capacity | None,
-    audited: Identity | None,
-) -> tuple[Outcome, str, list[str], list[str]]:
-    """Outcome, the words behind it, reasons and advice."""
-    theta, band = evidence.theta, f"{evidence.theta:.0%}"
-    usable = [j for j in judgements if j.verdict != "invalid"]
-    failed_books = [c for c in audit if c.holds is False and c.name != "memory-time identity"]
-    if not usable or failed_books:
-        reasons = [f"{j.id}: {j.text}" for j in judgements if j.verdict == "invalid"]
-        reasons += [f"{c.name}: {c.text}" for c in failed_books]
-        return (
-            "invalid",
-            "the load or the records are not what they claim",
-            reasons,
-            ["run the generator on an idle machine, or lower the rates, then repeat"],
-        )
-    if measured is None or share is None or best is None:
-        return _one_sided(evidence, judgements)
-    wide = evidence.prediction.critical_rate.at_level(0.90)
-    reasons = [f"measured / predicted {share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"]
-    equivalence = share.at_level(0.90)
-    if equivalence.low >= 1 - theta and equivalence.high <= 1 + theta:
-        stable = any(j.verdict == "stable" and j.arrival_rate < measured.value for j in usable)
-        grows = any(j.verdict == "unstable" and j.arrival_rate > measured.value for j in usable)
-        if stable and grows:
-            return "confirmed", f"within {band}", reasons, []
-        lacking = "no run below it is certainly stable" if not stable else "no run above it grows"
-        return (
-            "inconclusive",
-            f"the rate agrees within {band}, but {lacking}",
-            reasons,
-            ["lengthen the runs (load.horizon_s), or add a rate farther from the critical one"],
-        )
-    unsteady = next((c for c in held if c.name == "steady step time" and c.holds is False), None)
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """An outcome, the words behind it, its reasons and what to do next."""
+
+    outcome: Outcome
+    headline: str
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Findings:
+    evidence: Evidence
+    judgements: tuple[RunJudgement, ...]
+    audit: tuple[Check, ...]
+    premises: tuple[Check, ...]
+    best: Capacity | None
+    audited: Identity | None
+
+
+def _decide(found: _Findings, measured: Estimate | None, share: Estimate | None) -> Ruling:
+    """The rules of the design page's section 4, in their order."""
+    if (ruling := _invalid(found)) is not None:
+        return ruling
+    if measured is None or share is None or found.best is None:
+        return _one_sided(found)
+    theta, inner = found.evidence.theta, share.at_level(0.90)
+    reasons = (f"measured / predicted {share.value:.3f} [{share.low:.3f}, {share.high:.3f}]",)
+    if inner.low >= 1 - theta and inner.high <= 1 + theta:
+        return _agreeing(found, measured, reasons)
+    unsteady = next(
+        (c for c in found.premises if c.name == "steady step time" and c.holds is False), None
+    )
     if unsteady is not None:
-        return (
+        return Ruling(
             "inconclusive",
             "the engine's speed moved during the run",
-            [*reasons, unsteady.text],
-            ["keep other work off the machine, lock clocks, or lengthen the runs"],
+            (*reasons, unsteady.text),
+            ("keep other work off the machine, lock clocks, or lengthen the runs",),
         )
     if share.low > 1 + theta or share.high < 1 - theta:
-        return _refuted(evidence, share, reasons, best, audited)
+        return _refuted(found, found.best, share, reasons)
+    return _undecided(found, share, reasons)
+
+
+def _invalid(found: _Findings) -> Ruling | None:
+    """No usable run, books that do not balance, or an invalid run where no other gave a rate."""
+    broken = tuple(f"{j.id}: {j.text}" for j in found.judgements if j.verdict == "invalid")
+    books = tuple(
+        f"{c.name}: {c.text}"
+        for c in found.audit
+        if c.holds is False and c.name != "memory-time identity"
+    )
+    if not books and not (broken and (found.best is None or len(broken) == len(found.judgements))):
+        return None
+    return Ruling(
+        "invalid",
+        "the load or the records are not what they claim",
+        broken + books,
+        ("run the generator on an idle machine, or lower the rates, then repeat",),
+    )
+
+
+def _one_sided(found: _Findings) -> Ruling:
+    highest = max(j.arrival_rate for j in found.judgements)
+    return Ruling(
+        "inconclusive",
+        "the critical rate was not reached",
+        (
+            f"no valid run kept its queue non-empty for {MIN_BACKLOG_RESIDENCES:.0f} residence "
+            f"times; the highest rate offered was {highest:.3g} req/s",
+        ),
+        (f"add a rate above {1.3 * highest:.3g} req/s (load.rates)",),
+    )
+
+
+def _agreeing(found: _Findings, measured: Estimate, reasons: tuple[str, ...]) -> Ruling:
+    """The rate agrees; it is confirmed when one run below is stable and one above grows."""
+    band = f"{found.evidence.theta:.0%}"
+    rate = measured.value
+    stable = any(j.verdict == "stable" and j.arrival_rate < rate for j in found.judgements)
+    grows = any(j.verdict == "unstable" and j.arrival_rate > rate for j in found.judgements)
+    if stable and grows:
+        return Ruling("confirmed", f"within {band}", reasons)
+    lacking = "no run above it grows" if stable else "no run below it is certainly stable"
+    return Ruling(
+        "inconclusive",
+        f"the rate agrees within {band}, but {lacking}",
+        reasons,
+        ("lengthen the runs (load.horizon_s), or add a rate farther from the critical one",),
+    )
+
+
+def _undecided(found: _Findings, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
+    theta = found.evidence.theta
+    wide = found.evidence.prediction.critical_rate.at_level(0.90)
     if wide.half_width > theta * wide.value:
-        return (
+        return Ruling(
             "inconclusive",
             "the prediction's own interval is too wide to test",
             reasons,
-            [
-                f"predicted {wide.value:.3g} [{wide.low:.3g}, {wide.high:.3g}] at 90 %: calibrate longer"
-            ],
+            (
+                f"predicted {wide.value:.3g} [{wide.low:.3g}, {wide.high:.3g}] at 90 %: calibrate "
+                "on an idle machine, or longer",
+            ),
         )
-    factor = (share.half_width / (theta / 2)) ** 2
-    return (
+    factor = max((share.half_width / (theta / 2)) ** 2, 1.5)
+    return Ruling(
         "inconclusive",
-        f"the interval straddles the {band} band",
+        f"the interval straddles the {theta:.0%} band",
         reasons,
-        [f"lengthen the overloaded runs about {max(factor, 1.5):.1f} times"],
+        (f"lengthen the overloaded runs about {factor:.1f} times",),
     )
 
 
-def _one_sided(
-    evidence: Evidence, judgements: Sequence[RunJudgement]
-) -> tuple[Outcome, str, list[str], list[str]]:
-    broken = [f"{j.id}: {j.text}" for j in judgements if j.verdict == "invalid"]
-    if broken:
-        return (
-            "invalid",
-            "the load is not what it claims",
-            broken,
-            ["run the generator on an idle machine, or lower the rates, then repeat"],
-        )
-    highest = max(j.arrival_rate for j in judgements)
-    reason = (
-        f"no valid run kept its queue non-empty for {MIN_BACKLOG_RESIDENCES:.0f} residence times; "
-        f"the highest rate offered was {highest:.3g} req/s"
-    )
-    return (
-        "inconclusive",
-        "the critical rate was not reached",
-        [reason],
-        [f"add a rate above {1.3 * highest:.3g} req/s (load.rates)"],
-    )
-
-
-def _refuted(
-    evidence: Evidence,
-    share: Estimate,
-    reasons: list[str],
-    best: Capacity,
-    audited: Identity | None,
-) -> tuple[Outcome, str, list[str], list[str]]:
+def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
     """Refuted, or a premise of the paper failed and the model with that mechanism explains it."""
-    theta = evidence.theta
+    evidence = found.evidence
     binds = binding_resource(best.saturated, evidence.limits)
-    advice: list[str] = []
     if evidence.prediction.claim == "paper" and binds != "kv_cache":
         explained = ratio(best.by_work, evidence.engine.critical_rate, "measured over engine model")
         inside = explained.at_level(0.90)
-        reasons.append(
+        reasons += (
             f"with {binds} in the model, measured / predicted {explained.value:.3f} "
-            f"[{explained.low:.3f}, {explained.high:.3f}]"
+            f"[{explained.low:.3f}, {explained.high:.3f}]",
         )
-        same = evidence.engine.binding == binds
-        if same and inside.low >= 1 - theta and inside.high <= 1 + theta:
-            return (
+        within = inside.low >= 1 - evidence.theta and inside.high <= 1 + evidence.theta
+        if within and evidence.engine.binding == binds:
+            return Ruling(
                 "premise_violated",
                 f"{binds} binds before the KV cache",
                 reasons,
-                [f"raise {binds} until the KV cache binds, or test claim: engine"],
+                (f"raise {binds} until the KV cache binds, or test claim: engine",),
             )
-    if audited is not None and audited.check.holds is False:
-        reasons.append(f"pool: {audited.check.text}")
+    side = "faster" if share.value > 1 else "slower"
+    causes, advice = _causes(found, best, share, binds)
+    headline = f"{abs(share.value - 1):.0%} {side} than predicted"
+    return Ruling("refuted", headline, reasons + causes, advice)
+
+
+def _causes(
+    found: _Findings, best: Capacity, share: Estimate, binds: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which input of the prediction the evidence contradicts, and what to do about it."""
+    prediction = found.evidence.prediction
+    causes: list[str] = []
+    advice: list[str] = []
+    if found.audited is not None and found.audited.check.holds is False:
+        causes.append(f"pool: {found.audited.check.text}")
         advice.append("check the KV capacity that the server reports against its log")
-    step = best.saturated.step_time
-    pace = step.value / evidence.prediction.step_time_s.value - 1
-    if abs(pace) > theta / 2:
-        reasons.append(
-            f"step time: {step.value * 1e3:.2f} ms measured under backlog, "
-            f"{evidence.prediction.step_time_s.value * 1e3:.2f} ms predicted ({pace:+.1%})"
+    step, expected = best.saturated.step_time.value, prediction.step_time_s.value
+    if abs(step / expected - 1) > found.evidence.theta / 2:
+        causes.append(
+            f"step time: {step * 1e3:.2f} ms measured under backlog, {expected * 1e3:.2f} ms "
+            f"predicted ({step / expected - 1:+.1%})"
         )
         advice.append("calibrate again: the step-time law does not hold at saturation")
-    if binds != evidence.prediction.binding:
-        reasons.append(f"{binds} bound, {evidence.prediction.binding} was predicted to")
+    if binds != prediction.binding:
+        causes.append(f"{binds} bound, {prediction.binding} was predicted to")
     if share.low > 1:
-        reasons.append(
+        causes.append(
             "the measured rate lies above an upper bound: the pool, the step time or the lengths "
             "that went into the prediction are wrong"
         )
-    side = "faster" if share.value > 1 else "slower"
-    return "refuted", f"{abs(share.value - 1):.0%} {side} than predicted", reasons, advice
+    return tuple(causes), tuple(advice)

@@ -88,17 +88,43 @@ def assumed_observed(
     audited: Identity | None,
 ) -> tuple[AssumedObserved, ...]:
     """What the prediction assumed beside what the runs showed, row by row."""
+    hits = next(check for check in held if check.name == "no prefix hits")
+    rows = [
+        *_offered_rows(evidence),
+        AssumedObserved(
+            quantity="prefix hits",
+            assumed="0 tokens",
+            observed=f"{hits.observed:.0f} tokens",
+            agrees=hits.holds,
+        ),
+    ]
+    if best is not None:
+        rows += _saturated_rows(evidence, best)
+    if audited is not None:
+        pool = audited.implied_pool
+        rows.append(
+            AssumedObserved(
+                quantity="KV pool M",
+                assumed=f"{evidence.limits.pool_tokens} tokens",
+                observed=f"{pool.value:.0f} tokens [{pool.low:.0f}, {pool.high:.0f}]",
+                agrees=audited.check.holds,
+            )
+        )
+    return tuple(rows)
+
+
+def _offered_rows(evidence: Evidence) -> list[AssumedObserved]:
+    """Arrivals and lengths, over all runs."""
     runs = [r for r in evidence.runs if len(r.frames.requests)]
-    rows: list[AssumedObserved] = []
-    gaps_ok = [c.passed for r in runs for c in r.fidelity.checks if c.passed is not None]
-    rows.append(
+    passed = [c.passed for r in runs for c in r.fidelity.checks if c.passed is not None]
+    rows = [
         AssumedObserved(
             quantity="arrivals",
             assumed="Poisson, open loop",
-            observed=f"{sum(gaps_ok)} of {len(gaps_ok)} load checks passed",
-            agrees=all(gaps_ok),
+            observed=f"{sum(passed)} of {len(passed)} load checks passed",
+            agrees=all(passed),
         )
-    )
+    ]
     for label, column, designed in (
         ("mean prompt", "prompt_tokens", evidence.workload.prompt_tokens),
         ("mean output", "output_tokens_designed", evidence.workload.output_tokens),
@@ -114,51 +140,32 @@ def assumed_observed(
                 agrees=bool(abs(values.mean() - mean) <= 4 * error + 1e-9),
             )
         )
-    premises = {check.name: check for check in held}
-    rows.append(
+    return rows
+
+
+def _saturated_rows(evidence: Evidence, best: Capacity) -> list[AssumedObserved]:
+    """Eviction, step time and what binds, in the longest backlog."""
+    seen = best.saturated
+    step = seen.step_time.scaled(1e3, "ms")
+    expected = evidence.prediction.step_time_s.scaled(1e3, "ms")
+    binds = binding_resource(seen, evidence.limits)
+    return [
         AssumedObserved(
-            quantity="prefix hits",
-            assumed="0 tokens",
-            observed=f"{premises['no prefix hits'].observed:.0f} tokens",
-            agrees=premises["no prefix hits"].holds,
-        )
-    )
-    if best is not None:
-        seen = best.saturated
-        rows.append(
-            AssumedObserved(
-                quantity="eviction",
-                assumed=f"{evidence.engine.recomputed_tokens:.0f} tokens recomputed per request",
-                observed=f"{seen.preemptions_per_request:.2f} preemptions per request",
-                agrees=None,
-            )
-        )
-        step = seen.step_time.scaled(1e3, "ms")
-        expected = evidence.prediction.step_time_s.scaled(1e3, "ms")
-        rows.append(
-            AssumedObserved(
-                quantity="step time b at saturation",
-                assumed=f"{expected.value:.2f} ms [{expected.low:.2f}, {expected.high:.2f}]",
-                observed=f"{step.value:.2f} ms [{step.low:.2f}, {step.high:.2f}]",
-                agrees=abs(step.value / expected.value - 1) <= evidence.theta / 2,
-            )
-        )
-        rows.append(
-            AssumedObserved(
-                quantity="what binds",
-                assumed=evidence.prediction.binding,
-                observed=binding_resource(seen, evidence.limits),
-                agrees=binding_resource(seen, evidence.limits) == evidence.prediction.binding,
-            )
-        )
-    if audited is not None:
-        pool = audited.implied_pool
-        rows.append(
-            AssumedObserved(
-                quantity="KV pool M",
-                assumed=f"{evidence.limits.pool_tokens} tokens",
-                observed=f"{pool.value:.0f} tokens [{pool.low:.0f}, {pool.high:.0f}]",
-                agrees=audited.check.holds,
-            )
-        )
-    return tuple(rows)
+            quantity="eviction",
+            assumed=f"{evidence.engine.recomputed_tokens:.0f} tokens recomputed per request",
+            observed=f"{seen.preemptions_per_request:.2f} preemptions per request",
+            agrees=None,
+        ),
+        AssumedObserved(
+            quantity="step time b at saturation",
+            assumed=f"{expected.value:.2f} ms [{expected.low:.2f}, {expected.high:.2f}]",
+            observed=f"{step.value:.2f} ms [{step.low:.2f}, {step.high:.2f}]",
+            agrees=abs(step.value / expected.value - 1) <= evidence.theta / 2,
+        ),
+        AssumedObserved(
+            quantity="what binds",
+            assumed=evidence.prediction.binding,
+            observed=binds,
+            agrees=binds == evidence.prediction.binding,
+        ),
+    ]
