@@ -25,8 +25,8 @@ FOREIGN_REQUESTS = 3
 FOREIGN_SHARE = 0.05
 BALANCE_TOLERANCE = 0.02
 KV_BOUND_USAGE = 0.90
-"""Mean KV usage above which the KV cache is what refuses requests. Blocks of finished requests are
-returned before the gauge is read, so a full pool reads 0.94-0.99 (engines.md 8.1)."""
+"""Mean KV usage within steps above which the KV cache is what refuses requests: what is left free is
+less than the next prompt needs."""
 PINNED_SPREAD = 0.02
 STEADY_TOLERANCE = 0.10
 
@@ -37,14 +37,17 @@ class Saturation:
 
     window: Backlog
     kv_usage: float
+    """Mean share of the pool in use within a step."""
+    kv_returned: float
+    """Part of it that finished requests return before the gauge is read."""
     running: float
     running_max: int
     running_pinned: bool
     """The number of running requests sat at its maximum in nearly every sample."""
     tokens_per_step: float
     step_time: Estimate
-    step_time_change: float
-    """Mean step of the second half over that of the first, minus 1."""
+    step_halves_s: tuple[float, float]
+    """Mean step of the first and of the second half of the window."""
     preemptions_per_request: float
 
 
@@ -74,8 +77,12 @@ def step_time(frames: RunFrames, start_s: float, end_s: float) -> Estimate | Non
     return Estimate(value, value - half, value + half, cadence.level, "s", method)
 
 
-def saturation(frames: RunFrames, window: Backlog) -> Saturation | None:
-    """Occupancy and cadence under backlog; None when the engine hardly stepped."""
+def saturation(frames: RunFrames, window: Backlog, limits: EngineLimits) -> Saturation | None:
+    """Occupancy and cadence under backlog; None when the engine hardly stepped.
+
+    The gauge of KV usage is read after a step's finished requests have returned their blocks: these,
+    the requests finished per step times the blocks of a finished request, are added back.
+    """
     mean_step = step_time(frames, window.start_s, window.end_s)
     if mean_step is None:
         return None
@@ -87,15 +94,23 @@ def saturation(frames: RunFrames, window: Backlog) -> Saturation | None:
     tokens = np.diff(counter_at(frames, "step_tokens", edges[[0, 2]]))[0]
     finished = np.diff(counter_at(frames, "finished", edges[[0, 2]]))[0]
     preempted = np.diff(counter_at(frames, "preemptions", edges[[0, 2]]))[0]
+    done = frames.requests[frames.requests["outcome"] == "completed"]
+    held = done["prompt_tokens"] + done["output_tokens"] - 1
+    blocks = float(np.ceil(held / limits.block_size).mean()) if len(done) else 0.0
+    returned = float(finished / steps.sum()) * blocks / limits.num_blocks
     return Saturation(
         window=window,
-        kv_usage=float(inside["kv_usage"].mean()),
+        kv_usage=min(float(inside["kv_usage"].mean()) + returned, 1.0),
+        kv_returned=returned,
         running=float(running.mean()),
         running_max=int(running.max()),
         running_pinned=bool(np.quantile(running, 0.1) >= (1 - PINNED_SPREAD) * running.max() - 1),
         tokens_per_step=float(tokens / steps.sum()),
         step_time=mean_step,
-        step_time_change=float(steps[0] / steps[1] - 1.0),
+        step_halves_s=(
+            float((edges[1] - edges[0]) / steps[0]),
+            float((edges[2] - edges[1]) / steps[1]),
+        ),
         preemptions_per_request=float(preempted / max(finished, 1.0)),
     )
 

@@ -49,7 +49,7 @@ def identity(
     edges = batch_edges(window.start_s, window.end_s, STEP_BATCHES)
     served = np.diff(work_done(frames, edges)) * rounding
     per_step = served / np.diff(counter_at(frames, "steps", edges))
-    occupancy = _occupancy(frames, edges)
+    occupancy = _occupancy(frames, edges) + saturated.kv_returned
     kept = _kept(frames, saturated, float(served.sum()))
     implied = batch_mean(
         per_step / occupancy / kept.value, "tokens", "KV demand served per step over KV usage"
@@ -64,7 +64,9 @@ def identity(
         f"[{implied.low:.0f}, {implied.high:.0f}]; the server claims {pool_tokens} "
         f"({ratio - 1:+.1%}, allowed {IDENTITY_TOLERANCE:.0%})",
     )
-    usage = batch_mean(occupancy, "", "gauge kv_cache_usage, 10 batches")
+    usage = batch_mean(
+        occupancy, "", "gauge of KV usage and what finished requests had returned, 10 batches"
+    )
     step = saturated.step_time
     pace = Estimate(
         predicted_step_s / step.value,
@@ -79,7 +81,7 @@ def identity(
 
 
 def _occupancy(frames: RunFrames, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean KV usage of each batch, shape (batches,)."""
+    """Mean of the KV usage gauge in each batch, shape (batches,)."""
     times = frames.engine["t_s"]
     return np.array(
         [

@@ -38,7 +38,8 @@ def judge(evidence: Evidence) -> Verdict:
             evidence.prediction.step_time_s.value,
         )
         audit.append(audited.check)
-    held = tuple(premises(evidence, best.saturated if best else None))
+    longest = best.saturated if best else None
+    held = tuple(premises(evidence, longest, [c.saturated for c in capacities]))
     share = None
     if measured is not None:
         share = ratio(measured, predicted, "measured over predicted, errors in quadrature")

@@ -16,7 +16,6 @@ from analysis.growth import (
     capacity_by_work,
     critical_excursion,
     drift,
-    one_sided_bound,
 )
 from analysis.verdict import RunJudgement, RunVerdict
 
@@ -40,7 +39,7 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
     enough = end_s - start_s > 1.0 and len(requests) > 20 and len(observed) > 5
     verdict: RunVerdict = "inconclusive"
     text = "too short to say"
-    growth = Estimate(math.nan, math.nan, math.nan, 0.95, "req/s", "not measured: run too short")
+    growth = Estimate(math.nan, math.nan, math.nan, 0.90, "req/s", "not measured: run too short")
     mean_step = None
     if enough:
         growth = drift(frames, start_s, end_s)
@@ -81,7 +80,7 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
 def _stability(
     growth: Estimate, duration_s: float, stable_below: float, evidence: Evidence
 ) -> tuple[RunVerdict, str]:
-    if one_sided_bound(growth, 0.95, upper=True) < stable_below:
+    if growth.high < stable_below:
         return "stable", f"stable (< {stable_below:.2g} req/s over {duration_s:.0f} s)"
     by_chance = critical_excursion(
         evidence.prediction.critical_rate.value,
@@ -89,8 +88,7 @@ def _stability(
         GROWTH_LEVEL,
         variance_ratio(evidence.workload),
     )
-    grows = one_sided_bound(growth, 0.95, upper=False) > 0
-    if grows and growth.value * duration_s > by_chance:
+    if growth.low > 0 and growth.value * duration_s > by_chance:
         return "unstable", "grows"
     return "inconclusive", "cannot say: neither growth nor its absence is certain"
 
@@ -121,7 +119,7 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     residence_s = float((done["last_token_s"] - done["first_token_s"]).mean())
     if window is None or not window.duration_s >= MIN_BACKLOG_RESIDENCES * residence_s:
         return None
-    saturated = saturation(run.frames, window)
+    saturated = saturation(run.frames, window, evidence.limits)
     if saturated is None:
         return None
     demand = evidence.workload.mean(work_demand(evidence.workload))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,7 @@ def simulate(
     now_s = 0.0
     arrived = 0
     arrivals = arrival_s.tolist()
+    shown = engine.sample(0)
     while now_s < horizon_s:
         while arrived < len(requests) and arrivals[arrived] <= now_s:
             engine.submit(requests[arrived])
@@ -90,7 +91,8 @@ def simulate(
             steps.add(now_s, duration_s, step, engine)
             end_s = now_s + duration_s
         while next_sample_s < min(end_s, horizon_s):
-            samples.append(engine.sample(round(next_sample_s * SECOND_NS)))
+            t_ns = round(next_sample_s * SECOND_NS)
+            samples.append(replace(shown, read_ns=t_ns, t_ns=t_ns))
             next_sample_s += sample_interval_s
         now_s = end_s
         if step is not None and now_s < horizon_s:
@@ -98,6 +100,8 @@ def simulate(
                 if request.outputs == 1:
                     first_s[request.id] = now_s
                 last_s[request.id] = now_s
+            # Gauges show what the last step left, as a real engine's do.
+            shown = engine.sample(0)
     records = [
         _record(request, arrivals[request.id], first_s[request.id], last_s[request.id], declared)
         for request, declared in zip(requests, lengths[:, 2], strict=True)

@@ -28,9 +28,12 @@ from loadgen.records import RequestRecord
 from loadgen.workload import Workload
 
 REPEATS = 3
+MAX_REPEATS = 10
+"""On an engine whose step time scatters, rounds of probes go on until the fit is good enough."""
 SAMPLE_INTERVAL_S = 0.05
 SETTLE_S = 0.15
 PROBE_TIMEOUT_S = 120.0
+IDLE_TIMEOUT_S = 60.0
 
 
 class CalibrationFailed(Exception):
@@ -70,164 +73,143 @@ async def calibrate(
     limits: EngineLimits,
     vocabulary: range,
     seed: int,
-    progress: Callable[[str, float], None] | None = None,
+    enough: Callable[[StepTimeFit], bool],
+    progress: Callable[[str, float], None],
 ) -> Calibration:
     """Run the probes one after another on an otherwise idle server and fit the step time.
 
-    ``progress`` hears a probe's name and the share that is done. Raises CalibrationFailed when a probe
-    fails or the server is not idle, and what the sampler raises.
+    At least `REPEATS` rounds, then more until ``enough`` accepts the fit, at most `MAX_REPEATS`.
+    ``progress`` hears a probe's name and the share that is done. Raises CalibrationFailed when a
+    probe fails or the server is not idle, and what the sampler raises.
     """
     begun = time.monotonic()
     probes = design_probes(workload, limits)
-    samples: list[EngineSample] = []
     stop = asyncio.Event()
+    samples: list[EngineSample] = []
     sampling = asyncio.create_task(
         sample_engine(session, url, facts, SAMPLE_INTERVAL_S, stop, samples.append)
     )
+    prober = _Prober(session, url, model, vocabulary, samples, sampling)
     results: list[ProbeResult] = []
     try:
-        await _warm_up(session, url, model, probes, vocabulary, seed)
-        await _until_idle(samples, sampling)
-        rounds = [(i, p) for i in range(REPEATS) for p in probes]
-        for done, (index, probe) in enumerate(rounds):
-            if progress is not None:
-                progress(probe.name, done / len(rounds))
-            results.append(
-                await _run_probe(
-                    session, url, model, probe, vocabulary, seed + 100 * index, samples, sampling
-                )
-            )
+        progress("warm-up", 0.0)
+        await prober.warm_up(probes, seed)
+        for round_index in range(MAX_REPEATS):
+            for done, probe in enumerate(probes):
+                share = (round_index + done / len(probes)) / max(REPEATS, round_index + 1)
+                progress(probe.name, share)
+                results.append(await prober.run(probe, seed + 100 * round_index))
+            if round_index + 1 >= REPEATS and enough(_fitted(results)):
+                break
     finally:
         stop.set()
         await sampling
-    observations = tuple(
+    sequences, sequence_note = sequence_ceiling(results)
+    budget, budget_note = token_ceiling(results, limits, sequences)
+    return Calibration(
+        fit=_fitted(results),
+        observations=_observed(results),
+        probes=tuple(r.probe for r in results),
+        max_num_seqs=sequences,
+        max_num_batched_tokens=budget,
+        duration_s=time.monotonic() - begun,
+        notes=(sequence_note, budget_note),
+    )
+
+
+def _observed(results: Sequence[ProbeResult]) -> tuple[StepObservation, ...]:
+    return tuple(
         step_observation(r.records)
         for r in results
         if r.probe.output_tokens > 1 and not r.preemptions
     )
-    sequences, note_1 = sequence_ceiling(results)
-    budget, note_2 = token_ceiling(results, limits, sequences)
-    return Calibration(
-        fit=fit_step_time(observations),
-        observations=observations,
-        probes=tuple(probes),
-        max_num_seqs=sequences,
-        max_num_batched_tokens=budget,
-        duration_s=time.monotonic() - begun,
-        notes=(note_1, note_2),
-    )
 
 
-# -- probes --------------------------------------------------------------------------------------
+def _fitted(results: Sequence[ProbeResult]) -> StepTimeFit:
+    return fit_step_time(_observed(results))
 
 
-async def _send(
-    session: aiohttp.ClientSession, url: str, model: str, probe: Probe, vocabulary: range, seed: int
-) -> list[RequestRecord]:
-    lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
-    lengths += [(probe.prompt_length, 1)] * probe.prompts
-    prompts = make_prompts([prompt for prompt, _ in lengths], seed, vocabulary)
-    bodies = [
-        completion_body(model, prompt, output, output)
-        for prompt, (_, output) in zip(prompts, lengths, strict=True)
-    ]
+@dataclass(frozen=True, eq=False)
+class _Prober:
+    """One server, and the samples that are being taken of it."""
 
-    async def one(index: int) -> RequestRecord:
-        prompt, output = lengths[index]
-        return await complete(
-            session,
-            f"{url}/v1/completions",
-            bodies[index],
-            id=index,
-            scheduled_ns=time.monotonic_ns(),
-            prompt_tokens=prompt,
-            output_tokens_designed=output,
-            max_tokens=output,
-            timeout_s=PROBE_TIMEOUT_S,
-        )
+    session: aiohttp.ClientSession
+    url: str
+    model: str
+    vocabulary: range
+    samples: list[EngineSample]
+    sampling: asyncio.Task[Any]
 
-    async def in_turn() -> list[RequestRecord]:
-        return [await one(i) for i in range(probe.count, probe.requests)]
+    async def warm_up(self, probes: Sequence[Probe], seed: int) -> None:
+        """A cold engine is slower: compile, allocate and connect before anything counts."""
+        await self.until_idle()
+        for probe in probes:
+            few, short = min(probe.count, 64), min(probe.output_tokens, 8)
+            await self.send(replace(probe, count=few, output_tokens=short), seed + 7)
 
-    batch = [asyncio.create_task(one(i)) for i in range(probe.count)]
-    followers = await in_turn()
-    records = [*await asyncio.gather(*batch), *followers]
-    bad = [
-        r
-        for r in records
-        if r.outcome != "completed" or r.output_tokens != r.output_tokens_designed
-    ]
-    if bad:
-        first = bad[0]
+    async def run(self, probe: Probe, seed: int) -> ProbeResult:
+        """Send one probe to the idle server and wait until it is idle again."""
+        before = await self.until_idle()
+        records = await self.send(probe, seed)
+        after = await self.until_idle()
+        finished = after.finished - before.finished
+        if finished != probe.requests:
+            raise CalibrationFailed(
+                f"the server finished {finished} requests during probe {probe.name!r} of "
+                f"{probe.requests}: somebody else is using it; calibrate on an idle server"
+            )
+        during = (x for x in self.samples if before.t_ns <= x.t_ns <= after.t_ns)
+        return ProbeResult(probe=probe, records=tuple(records), samples=tuple(during))
+
+    async def send(self, probe: Probe, seed: int) -> list[RequestRecord]:
+        """All requests of a probe, the following prompts in turn; every one must complete."""
+        lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
+        lengths += [(probe.prompt_length, 1)] * probe.prompts
+        prompts = make_prompts([prompt for prompt, _ in lengths], seed, self.vocabulary)
+        bodies = [
+            completion_body(self.model, prompt, output, output)
+            for prompt, (_, output) in zip(prompts, lengths, strict=True)
+        ]
+
+        async def one(index: int) -> RequestRecord:
+            prompt, output = lengths[index]
+            return await complete(
+                self.session,
+                f"{self.url}/v1/completions",
+                bodies[index],
+                id=index,
+                scheduled_ns=time.monotonic_ns(),
+                prompt_tokens=prompt,
+                output_tokens_designed=output,
+                max_tokens=output,
+                timeout_s=PROBE_TIMEOUT_S,
+            )
+
+        batch = [asyncio.create_task(one(i)) for i in range(probe.count)]
+        followers = [await one(i) for i in range(probe.count, probe.requests)]
+        records = [*await asyncio.gather(*batch), *followers]
+        for r in records:
+            if r.outcome != "completed" or r.output_tokens != r.output_tokens_designed:
+                raise CalibrationFailed(
+                    f"probe {probe.name!r}: a request of {r.prompt_tokens} + "
+                    f"{r.output_tokens_designed} tokens was {r.outcome} with {r.output_tokens} "
+                    f"output tokens ({r.error or 'no error'})"
+                )
+        return records
+
+    async def until_idle(self, timeout_s: float = IDLE_TIMEOUT_S) -> EngineSample:
+        """The first sample read a little after now with nothing waiting or running."""
+        asked_ns = time.monotonic_ns() + round(SETTLE_S * 1e9)
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            if self.sampling.done():
+                await self.sampling
+                raise CalibrationFailed("sampling ended before the calibration did")
+            if self.samples and self.samples[-1].read_ns >= asked_ns:
+                latest = self.samples[-1]
+                if latest.waiting == 0 and latest.running == 0:
+                    return latest
+            await asyncio.sleep(SAMPLE_INTERVAL_S / 2)
         raise CalibrationFailed(
-            f"probe {probe.name!r}: {len(bad)} of {len(records)} requests did not complete with the "
-            f"asked length; the first, {first.prompt_tokens} + {first.output_tokens_designed} tokens, "
-            f"was {first.outcome} with {first.output_tokens} ({first.error})"
+            f"the server was not idle for {timeout_s:.0f} s: stop other clients before calibrating"
         )
-    return records
-
-
-async def _warm_up(
-    session: aiohttp.ClientSession,
-    url: str,
-    model: str,
-    probes: Sequence[Probe],
-    vocabulary: range,
-    seed: int,
-) -> None:
-    """A cold engine is slower: compile, allocate and connect before anything counts."""
-    for probe in probes:
-        await _send(
-            session,
-            url,
-            model,
-            replace(probe, count=min(probe.count, 64), output_tokens=min(probe.output_tokens, 8)),
-            vocabulary,
-            seed + 7,
-        )
-
-
-async def _run_probe(
-    session: aiohttp.ClientSession,
-    url: str,
-    model: str,
-    probe: Probe,
-    vocabulary: range,
-    seed: int,
-    samples: list[EngineSample],
-    sampling: asyncio.Task[Any],
-) -> ProbeResult:
-    before = await _until_idle(samples, sampling)
-    records = await _send(session, url, model, probe, vocabulary, seed)
-    after = await _until_idle(samples, sampling)
-    finished = after.finished - before.finished
-    if finished != probe.requests:
-        raise CalibrationFailed(
-            f"the server finished {finished} requests during probe {probe.name!r} of {probe.requests}: "
-            "somebody else is using it; calibrate on an idle server"
-        )
-    return ProbeResult(
-        probe=probe,
-        records=tuple(records),
-        samples=tuple(x for x in samples if before.t_ns <= x.t_ns <= after.t_ns),
-    )
-
-
-async def _until_idle(
-    samples: list[EngineSample], sampling: asyncio.Task[Any], timeout_s: float = 60.0
-) -> EngineSample:
-    """The first sample read after now with nothing waiting or running."""
-    asked_ns = time.monotonic_ns() + round(SETTLE_S * 1e9)
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if sampling.done():
-            await sampling
-            raise CalibrationFailed("sampling ended before the calibration did")
-        if samples and samples[-1].read_ns >= asked_ns:
-            latest = samples[-1]
-            if latest.waiting == 0 and latest.running == 0:
-                return latest
-        await asyncio.sleep(SAMPLE_INTERVAL_S / 2)
-    raise CalibrationFailed(
-        f"the server was not idle for {timeout_s:.0f} s: stop other clients before calibrating"
-    )

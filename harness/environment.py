@@ -32,6 +32,8 @@ _BEARER = re.compile(r"\b(bearer\s+)\S+", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w+://)[^/@\s]+@")
 _KNOWN_KEY = re.compile(r"\b(?:sk-|hf_|ghp_|nvapi-)[\w-]{8,}")
 
+_FOLDERS = re.compile(r"^(--?[\w-]+=)?/(?:[^/]+/)+")
+
 
 def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What a reader needs to repeat the experiment or to doubt it; no secrets.
@@ -54,7 +56,10 @@ def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def redacted(argv: Sequence[str]) -> list[str]:
-    """A command line with the values of keys, tokens and passwords replaced by ``***``."""
+    """A command line without secrets and without the machine's folders.
+
+    The values of keys, tokens and passwords become ``***``; an absolute path keeps its last part.
+    """
     shown: list[str] = []
     hide_next = False
     for argument in argv:
@@ -66,6 +71,7 @@ def redacted(argv: Sequence[str]) -> list[str]:
         for pattern in (_SECRET_ASSIGNMENT, _SECRET_HEADER, _BEARER):
             argument = pattern.sub(rf"\g<1>{HIDDEN}", argument)
         argument = _URL_PASSWORD.sub(rf"\g<1>{HIDDEN}@", argument)
+        argument = _FOLDERS.sub(r"\g<1>", argument)
         shown.append(_KNOWN_KEY.sub(HIDDEN, argument))
     return shown
 

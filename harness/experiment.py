@@ -10,6 +10,7 @@ import yaml
 from analysis.evidence import Evidence
 from analysis.judge import judge
 from analysis.prediction import Prediction
+from analysis.step_time import StepTimeFit
 from analysis.summary import summary
 from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence
@@ -20,10 +21,10 @@ from harness.environment import environment
 from harness.gpu import open_gpus
 from harness.offer import Stage, offer
 from harness.plan import Plan, make_plan
-from harness.predict import predictions
+from harness.predict import claimed, predictions
 from harness.sampler import ServerGone
 from harness.store import Store
-from harness.target import Target, require_fitting, target_server
+from harness.target import Target, assumptions, require_fitting, target_server
 from loadgen.workload import Workload
 
 MAX_EXTRA_RUNS = 3
@@ -43,6 +44,8 @@ async def run_experiment(
     display.phase("starting the server")
     async with target_server(config, store) as target:
         require_fitting(workload, target.limits)
+        for line in assumptions(target.shown, target.limits):
+            display.say(f"note        {line}")
         calibration = await _calibrated(config, target, workload, display)
         store.write_json("calibration.json", calibration.to_dict())
         limits = calibration.limits(target.limits)
@@ -83,6 +86,12 @@ def _write_inputs(config: ExperimentConfig, store: Store) -> None:
 async def _calibrated(
     config: ExperimentConfig, target: Target, workload: Workload, display: Display
 ) -> Calibration:
+    """Probes until the prediction's 90 % interval is narrower than half the band of agreement."""
+
+    def enough(fit: StepTimeFit) -> bool:
+        rate = claimed(config, workload, target.limits, fit, "P1").critical_rate.at_level(0.90)
+        return rate.half_width < config.theta / 2 * rate.value
+
     return await calibrate(
         target.session,
         target.url,
@@ -92,6 +101,7 @@ async def _calibrated(
         target.limits,
         range(*config.load.vocabulary),
         config.load.seed,
+        enough,
         lambda probe, share: display.phase(f"calibrating: {probe}", share),
     )
 

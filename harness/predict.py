@@ -10,7 +10,7 @@ from analysis.critical_rate import mixture_rate, predict
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.formatting import estimate_text
-from analysis.prediction import Claim, Grade, Prediction
+from analysis.prediction import Grade, Prediction
 from analysis.second_opinion import simulated_rate
 from analysis.step_time import StepTimeFit, exact_step_time
 from harness.config import ConfigError, ExperimentConfig
@@ -29,29 +29,15 @@ def predictions(
     second_opinion: bool = True,
 ) -> dict[str, Any]:
     """The claim, and every other predictor beside it, as they go to prediction.json."""
-    pool = config.limits.pool_tokens or limits.pool_tokens
-    bounds: dict[Claim, EngineLimits] = {
-        # The paper counts tokens; a pool that is no whole number of blocks is kept to the token.
-        "paper": replace(limits, num_blocks=pool, block_size=1),
-        "engine": limits,
-    }
-    both: dict[str, Prediction] = {
-        claim: predict(
-            workload,
-            bound,
-            fit,
-            claim,
-            grade,
-            chunk=config.prefill_chunk_tokens
-            or (limits.max_num_batched_tokens or int(workload.prompt_tokens.max())),
-            replicas=config.replicas,
-        )
-        for claim, bound in bounds.items()
+    both = {
+        claim: claimed(
+            config.model_copy(update={"claim": claim}), workload, limits, fit, grade
+        ).to_dict()
+        for claim in ("paper", "engine")
     }
     found: dict[str, Any] = {
-        "claim": both[config.claim].to_dict(),
-        "paper": both["paper"].to_dict(),
-        "engine": both["engine"].to_dict(),
+        "claim": both[config.claim],
+        **both,
         "simulated": None,
     }
     if second_opinion:
@@ -60,6 +46,30 @@ def predictions(
         )
         found["simulated"] = simulated.scaled(config.replicas).to_dict()
     return found
+
+
+def claimed(
+    config: ExperimentConfig,
+    workload: Workload,
+    limits: EngineLimits,
+    fit: StepTimeFit,
+    grade: Grade,
+) -> Prediction:
+    """The prediction that the config's claim is about."""
+    if config.claim == "paper":
+        # The paper counts tokens; a pool that is no whole number of blocks is kept to the token.
+        pool = config.limits.pool_tokens or limits.pool_tokens
+        limits = replace(limits, num_blocks=pool, block_size=1)
+    longest_prompt = int(workload.prompt_tokens.max())
+    return predict(
+        workload,
+        limits,
+        fit,
+        config.claim,
+        grade,
+        chunk=config.prefill_chunk_tokens or limits.max_num_batched_tokens or longest_prompt,
+        replicas=config.replicas,
+    )
 
 
 def stated_limits(config: ExperimentConfig) -> EngineLimits:

@@ -70,8 +70,18 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
 
 
 def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits:
-    """Limits that the server shows, completed by those that the config states."""
+    """Limits that the server shows, completed by those that the config states.
+
+    Raises ConfigError where the two contradict each other.
+    """
     given = config.limits
+    for name in ("max_num_seqs", "max_num_batched_tokens", "async_scheduling", "watermark"):
+        theirs, ours = getattr(shown, name), getattr(given, name)
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ConfigError(
+                f"limits.{name}: the config says {ours}, the server shows {theirs}: correct one of "
+                "them, or leave it out of the config"
+            )
     watermark = given.watermark if shown.watermark is None else shown.watermark
     ahead = given.async_scheduling if shown.async_scheduling is None else shown.async_scheduling
     return EngineLimits(
@@ -81,9 +91,26 @@ def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits
         max_num_batched_tokens=shown.max_num_batched_tokens or given.max_num_batched_tokens,
         max_model_len=shown.max_model_len,
         watermark=watermark or 0.0,
+        reserve_full_prompt=shown.reserve_full_prompt is not False,
         long_prefill_token_threshold=shown.long_prefill_token_threshold or 0,
         async_scheduling=bool(ahead),
     )
+
+
+def assumptions(shown: ServerLimits, limits: EngineLimits) -> list[str]:
+    """What a reader of the prediction must know about limits that nobody stated, one line each."""
+    lines = []
+    if shown.prefix_caching:
+        lines.append(
+            "prefix caching is on: any hit breaks a premise; start the server with "
+            "--no-enable-prefix-caching"
+        )
+    if "async_scheduling" in shown.not_shown and not limits.async_scheduling:
+        lines.append(
+            "asynchronous scheduling is taken as off; if the server has it on (vLLM's default on a "
+            "GPU), set limits.async_scheduling: true"
+        )
+    return lines
 
 
 def require_fitting(workload: Workload, limits: EngineLimits) -> None:

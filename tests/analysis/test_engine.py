@@ -154,11 +154,10 @@ def test_abort_frees_what_a_request_held() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "output", "pool", "per_step", "preemptions"),
-    [(64, 64, 4096, 0.568, 0.33), (16, 256, 4096, 0.099, 3.4)],
+    ("prompt", "output", "pool", "per_step"), [(64, 64, 4096, 0.568), (16, 256, 4096, 0.099)]
 )
 def test_a_real_vllm_on_a_cpu_completed_as_many_requests_per_step(
-    prompt: int, output: int, pool: int, per_step: float, preemptions: float
+    prompt: int, output: int, pool: int, per_step: float
 ) -> None:
     """vLLM 0.32.0, block size 32, saturated; measured once, CV 0.2 % over 14 runs (engines.md 8.4)."""
     count = 1500
@@ -176,5 +175,3 @@ def test_a_real_vllm_on_a_cpu_completed_as_many_requests_per_step(
         if r.outcome == "completed" and (r.last_token_ns or 0) > 0.25e9 * horizon
     ]
     assert len(late) / (0.75 * horizon) == pytest.approx(per_step, rel=0.015)
-    engine = simulated.engine
-    assert engine.preemptions / engine.finished == pytest.approx(preemptions, rel=0.2)

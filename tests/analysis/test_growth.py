@@ -17,7 +17,6 @@ from analysis.growth import (
     growth_power,
     hinge,
     needed_requests,
-    one_sided_bound,
     stability_duration,
     stability_power,
 )
@@ -65,9 +64,7 @@ def grows(estimate) -> bool:
     """The rule of `analysis.run_verdict`, for a service rate of 1."""
     duration_s = HORIZON_S - 50.0
     by_chance = critical_excursion(1.0, duration_s, 0.95, 2.0)
-    return (
-        one_sided_bound(estimate, 0.95, upper=False) > 0 and estimate.value * duration_s > by_chance
-    )
+    return estimate.low > 0 and estimate.value * duration_s > by_chance
 
 
 @pytest.mark.parametrize(("load", "most"), [(0.8, 0.005), (0.95, 0.01), (1.0, 0.05)])
@@ -82,19 +79,16 @@ def test_growth_is_found_where_the_plan_says_so() -> None:
 
 
 def test_coverage_of_the_drift_in_overload() -> None:
-    """95 % intervals of a backlogged queue cover the true drift in 92-98 % of 400 runs."""
+    """90 % intervals of a backlogged queue cover the true drift in 86-94 % of 400 runs."""
     covered = []
     for k in range(400):
         estimate = drift(mm1(1.5, 5000 + k, 400.0), 20.0, 400.0)
         covered.append(estimate.low <= 0.5 <= estimate.high)
-    assert 0.92 <= np.mean(covered) <= 0.98
+    assert 0.86 <= np.mean(covered) <= 0.94
 
 
 def test_a_drift_at_the_threshold_is_called_stable_in_at_most_5_percent() -> None:
-    bounds = [
-        one_sided_bound(drift(mm1(1.5, 9000 + k, 400.0), 20.0, 400.0), 0.95, upper=True)
-        for k in range(400)
-    ]
+    bounds = [drift(mm1(1.5, 9000 + k, 400.0), 20.0, 400.0).high for k in range(400)]
     assert np.mean(np.array(bounds) < 0.5) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
 
 
@@ -117,7 +111,7 @@ def test_a_run_of_the_planned_length_is_called_stable() -> None:
     stable = []
     for k in range(200):
         estimate = drift(mm1(0.5, 300 + k, duration_s + 20), 20.0, duration_s + 20)
-        stable.append(one_sided_bound(estimate, 0.95, upper=True) < 0.025)
+        stable.append(estimate.high < 0.025)
     assert np.mean(stable) >= 0.88
 
 
