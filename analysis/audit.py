@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
-from analysis.frames import RunFrames, number_in_system, tokens_received
+from analysis.frames import RunFrames, departures_s, number_in_system, tokens_received
 from analysis.growth import Backlog, batch_edges, batch_mean
 from analysis.verdict import Check
 
@@ -28,6 +28,9 @@ KV_BOUND_USAGE = 0.90
 """Mean KV usage within steps above which the KV cache is what refuses requests: what is left free is
 less than the next prompt needs."""
 PINNED_SPREAD = 0.02
+FULL_STEP = 0.85
+"""A step counts a prompt when it completes and recomputed tokens not at all: full steps read less than
+the budget."""
 STEADY_TOLERANCE = 0.10
 
 
@@ -119,30 +122,50 @@ def binding_resource(saturated: Saturation, limits: EngineLimits) -> str:
     """Which ceiling refused requests under backlog, from occupancy and limits.
 
     The KV cache binds when it is full. Otherwise `max_num_seqs` binds when the number running stays at
-    its maximum (and at the limit, where that is known); otherwise the token budget.
+    the limit (at its maximum, where no limit is known), and the token budget when steps are as full as
+    it allows. "unknown" when none of them explains the queue: a front end, or a limit nobody named.
     """
     if saturated.kv_usage >= KV_BOUND_USAGE:
         return "kv_cache"
-    limit = limits.max_num_seqs
-    if limit is not None:
-        at_limit = saturated.running >= (1 - PINNED_SPREAD) * limit - 1
-        return "max_num_seqs" if at_limit else "max_num_batched_tokens"
-    return "max_num_seqs" if saturated.running_pinned else "max_num_batched_tokens"
+    limit, budget = limits.max_num_seqs, limits.max_num_batched_tokens
+    if limit is None and saturated.running_pinned:
+        return "max_num_seqs"
+    if limit is not None and saturated.running >= (1 - PINNED_SPREAD) * limit - 1:
+        return "max_num_seqs"
+    if budget is not None and saturated.tokens_per_step >= FULL_STEP * budget:
+        return "max_num_batched_tokens"
+    return "unknown"
 
 
 def conservation(frames: RunFrames) -> Check:
-    """Arrivals = departures + in system, request by request."""
+    """Each arrival is recorded once, and the server finished as many requests as left the client."""
     requests = frames.requests
     duplicated = int(requests["id"].duplicated().sum())
     completed = requests["outcome"] == "completed"
     no_end = int(requests.loc[completed, "last_token_s"].isna().sum())
-    wrong = duplicated + no_end
+    times = frames.engine["t_s"].to_numpy(dtype=float)
+    times = times[(times >= 0) & (times <= frames.end_s)]
+    if len(times) < MIN_SAMPLES:
+        text = f"fewer than {MIN_SAMPLES} engine samples"
+        return Check(
+            name=f"{frames.run.id}: departures", holds=None, observed=0.0, threshold=0.0, text=text
+        )
+    ends = times[[0, -1]]
+    server = float(np.diff(counter_at(frames, "finished", ends))[0])
+    client = float(np.diff(np.searchsorted(departures_s(frames), ends))[0])
+    allowed = (
+        FOREIGN_REQUESTS
+        + BALANCE_TOLERANCE * server
+        + IN_FLIGHT_SHARE * float(frames.engine["running"].max())
+    )
     return Check(
-        name=f"{frames.run.id}: every request once",
-        holds=wrong == 0,
-        observed=float(wrong),
-        threshold=0.0,
-        text=f"{len(requests)} arrivals; {duplicated} recorded twice, {no_end} completed without end",
+        name=f"{frames.run.id}: departures",
+        holds=duplicated + no_end == 0 and abs(client - server) <= allowed,
+        observed=client - server,
+        threshold=allowed,
+        text=f"{client:.0f} departures by the client, {server:.0f} finished by the server's counter "
+        f"(allowed to differ by {allowed:.0f}: in flight and {BALANCE_TOLERANCE:.0%}); of "
+        f"{len(requests)} arrivals {duplicated} were recorded twice, {no_end} completed without end",
     )
 
 

@@ -114,25 +114,29 @@ def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
     return best
 
 
-def capacity_by_work(frames: RunFrames, window: Backlog, kv_demand: float) -> Estimate:
+def capacity_by_work(
+    frames: RunFrames, window: Backlog, kv_demand: float, batches: int = CAPACITY_BATCHES
+) -> Estimate:
     """Saturated service rate from KV demand served, in requests per second (theory.md 6.3).
 
     ``kv_demand`` is E[g] of the designed law in the convention of `work_done`. The mix of lengths that
     happened to be served drops out, so the error is several times smaller than that of counting.
     """
-    edges = batch_edges(window.start_s, window.end_s, CAPACITY_BATCHES)
+    edges = batch_edges(window.start_s, window.end_s, batches)
     rates = np.diff(work_done(frames, edges)) / np.diff(edges) / kv_demand
-    method = f"KV demand served under backlog over E[g], {CAPACITY_BATCHES} batches"
+    method = f"KV demand served under backlog over E[g], {batches} batches"
     return batch_mean(rates, "req/s", method)
 
 
-def capacity_by_count(frames: RunFrames, window: Backlog) -> Estimate:
+def capacity_by_count(
+    frames: RunFrames, window: Backlog, batches: int = CAPACITY_BATCHES
+) -> Estimate:
     """Saturated service rate from completions under backlog, in requests per second."""
     done = frames.requests[frames.requests["outcome"] == "completed"]
     instants = np.sort(done["last_token_s"].to_numpy(dtype=float))
-    edges = batch_edges(window.start_s, window.end_s, CAPACITY_BATCHES)
+    edges = batch_edges(window.start_s, window.end_s, batches)
     rates = np.diff(np.searchsorted(instants, edges)) / np.diff(edges)
-    return batch_mean(rates, "req/s", f"completions under backlog, {CAPACITY_BATCHES} batches")
+    return batch_mean(rates, "req/s", f"completions under backlog, {batches} batches")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from analysis.audit import Saturation, saturation, step_time
 from analysis.estimate import Estimate
 from analysis.evidence import OVERRUN_LIMIT, Evidence, MeasuredRun, variance_ratio, work_demand
 from analysis.growth import (
+    CAPACITY_BATCHES,
     backlogged_window,
     capacity_by_count,
     capacity_by_work,
@@ -19,7 +20,7 @@ from analysis.growth import (
 )
 from analysis.verdict import RunJudgement, RunVerdict
 
-MIN_BACKLOG_RESIDENCES = 3.0
+MIN_BACKLOG_RESIDENCES = 5.0
 """A capacity is read from at least so many mean residence times of unbroken backlog."""
 GROWTH_LEVEL = 0.95
 
@@ -123,9 +124,11 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     if saturated is None:
         return None
     demand = evidence.workload.mean(work_demand(evidence.workload))
+    # A request's work is spread over its residence: shorter batches would not be independent.
+    batches = min(CAPACITY_BATCHES, int(window.duration_s / residence_s))
     return Capacity(
         run,
         saturated,
-        capacity_by_work(run.frames, window, demand),
-        capacity_by_count(run.frames, window),
+        capacity_by_work(run.frames, window, demand, batches),
+        capacity_by_count(run.frames, window, batches),
     )

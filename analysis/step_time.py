@@ -59,6 +59,8 @@ class StepObservation:
     kv_tokens: float
     running: float
     overheads: float = 0.0
+    probe: str = ""
+    """Which design it belongs to; observations of one design repeat the same point."""
     standard_error_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -143,13 +145,31 @@ def fit_step_time(
         fitted = design @ beta
     free = np.linalg.lstsq(a / norms, y, rcond=None)[0] / norms
     dof = count - width
-    variance = float(np.sum((y - a @ free) ** 2)) / dof
+    residual = y - a @ free
+    variance = max(
+        float(np.sum(residual**2)) / dof,
+        _lack_of_fit([o.probe for o in observations], residual, width),
+    )
     wider = float(t.ppf(0.975, dof)) / float(norm.ppf(0.975))
     scaled = a / norms
     covariance = np.linalg.inv(scaled.T @ scaled) / np.outer(norms, norms) * variance * wider**2
     return _result(
         observations, names, beta, covariance, design, duration, float(np.linalg.cond(scaled))
     )
+
+
+def _lack_of_fit(probes: Sequence[str], residual: NDArray[np.float64], width: int) -> float:
+    """Mean square of what whole designs are off by: repeating them does not make it smaller.
+
+    0 where the designs are not named or no more than the coefficients. A step time that is not
+    linear shows up here, and the interval then stays as wide however often the probes are repeated.
+    """
+    groups = sorted(set(probes))
+    if len(groups) <= width or "" in groups:
+        return 0.0
+    owner = np.array([groups.index(p) for p in probes])
+    sums = np.bincount(owner, residual)
+    return float(np.sum(sums**2 / np.bincount(owner))) / (len(groups) - width)
 
 
 def _result(

@@ -19,6 +19,7 @@ from harness.config import ExperimentConfig, load_config
 from harness.store import Store, StoredRun, StoreError, missing
 from loadgen.fidelity import MAX_LAG_MS, fidelity
 
+MOST_LAG_MS = 100.0
 LAG_OVER_RESIDENCE = 0.05
 """Poisson arrivals that are displaced independently stay Poisson, and N(t) counts from the schedule;
 what a stall of the client can do is bunch arrivals. Bunches of 5 % of a residence, in 1 % of the
@@ -51,16 +52,21 @@ def load_evidence(store: Store) -> Evidence:
     is_mock = config.server is not None and config.server.mock is not None
     prediction = store.read_json("prediction.json")
     digest = store.digest("prediction.json")
+    for name, made_from in prediction["made_from"].items():
+        if store.digest(name) != made_from:
+            raise StoreError(
+                f"{store.path}: {name} is not the one that the prediction was made from: restore it, "
+                "inputs and thresholds are fixed before the first run"
+            )
     limits = EngineLimits(**store.read_json("limits.json")["used"])
-    stored = [store.read_run(run_id) for run_id in store.run_ids()]
+    stored = [store.read_run(run_id) for run_id in store.whole_runs()]
     for run in stored:
         if run.prediction_digest != digest:
             raise StoreError(
                 f"{store.path}: run {run.run.id} was made under another prediction.json: restore "
                 "that file, a prediction changed after the fact decides nothing"
             )
-    whole = [run for run in stored if run.end is not None and run.records]
-    if not whole:
+    if not stored:
         raise StoreError(
             f"{store.path} holds no run that came to an end: " + "; ".join(missing(store.path))
         )
@@ -74,7 +80,7 @@ def load_evidence(store: Store) -> Evidence:
         simulated=None if simulated is None else Estimate.from_dict(simulated),
         limits=limits,
         workload=config.law(),
-        runs=tuple(_measured(run, is_mock) for run in whole),
+        runs=tuple(_measured(run, is_mock) for run in stored),
     )
 
 
@@ -96,10 +102,18 @@ def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
         )
     requests = frames.requests
     residence_s = float((requests["last_token_s"] - requests["first_token_s"]).median())
-    max_lag_ms = max(MAX_LAG_MS, LAG_OVER_RESIDENCE * residence_s * 1e3)
+    share_ms = min(LAG_OVER_RESIDENCE * residence_s * 1e3, MOST_LAG_MS)
+    max_lag_ms = max(MAX_LAG_MS, share_ms)
+    offered = fidelity(run.run, run.records, frames.end_s, run.start_ns, max_lag_ms)
+    if offered.lag_p99_ms > MAX_LAG_MS:
+        warnings.append(
+            f"run {run.run.id}: 1 % of the requests were sent more than {offered.lag_p99_ms:.0f} ms "
+            f"late (worst {offered.lag_max_ms:.0f} ms, allowed {max_lag_ms:.0f} ms, 5 % of a "
+            "residence): give the client cores of its own"
+        )
     return MeasuredRun(
         frames=frames,
-        fidelity=fidelity(run.run, run.records, frames.end_s, run.start_ns, max_lag_ms),
+        fidelity=offered,
         overrun=overrun,
         warnings=tuple(warnings),
     )

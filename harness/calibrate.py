@@ -103,7 +103,7 @@ async def calibrate(
                 break
     finally:
         stop.set()
-        await sampling
+        await asyncio.gather(sampling, return_exceptions=True)
     sequences, sequence_note = sequence_ceiling(results)
     budget, budget_note = token_ceiling(results, limits, sequences)
     return Calibration(
@@ -118,15 +118,23 @@ async def calibrate(
 
 
 def _observed(results: Sequence[ProbeResult]) -> tuple[StepObservation, ...]:
-    return tuple(
-        step_observation(r.records)
-        for r in results
-        if r.probe.output_tokens > 1 and not r.preemptions
-    )
+    decoding = [r for r in results if r.probe.output_tokens > 1 and not r.preemptions]
+    try:
+        return tuple(replace(step_observation(r.records), probe=r.probe.name) for r in decoding)
+    except ValueError as error:
+        raise CalibrationFailed(
+            f"a probe's tokens all came at once ({error}): is there a proxy that buffers the stream?"
+        ) from error
 
 
 def _fitted(results: Sequence[ProbeResult]) -> StepTimeFit:
-    return fit_step_time(_observed(results))
+    try:
+        return fit_step_time(_observed(results))
+    except ValueError as error:
+        raise CalibrationFailed(
+            f"the probes give no step-time law ({error}); is there a proxy that buffers the stream, or "
+            "a pool that holds only a few requests?"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +181,7 @@ class _Prober:
 
         async def one(index: int) -> RequestRecord:
             prompt, output = lengths[index]
-            return await complete(
+            record = await complete(
                 self.session,
                 f"{self.url}/v1/completions",
                 bodies[index],
@@ -184,10 +192,31 @@ class _Prober:
                 max_tokens=output,
                 timeout_s=PROBE_TIMEOUT_S,
             )
+            if record.outcome == "unfinished":
+                # A cancelled request ends with a record; here the cancellation has to go on.
+                raise asyncio.CancelledError
+            return record
 
-        batch = [asyncio.create_task(one(i)) for i in range(probe.count)]
-        followers = [await one(i) for i in range(probe.count, probe.requests)]
-        records = [*await asyncio.gather(*batch), *followers]
+        async def in_turn() -> list[RequestRecord]:
+            return [await one(i) for i in range(probe.count, probe.requests)]
+
+        async def all_of_them() -> list[RequestRecord]:
+            batch = [asyncio.create_task(one(i)) for i in range(probe.count)]
+            followers = await in_turn()
+            return [*await asyncio.gather(*batch), *followers]
+
+        sent = asyncio.create_task(all_of_them())
+        try:
+            await asyncio.wait({sent, self.sampling}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # A probe that was sent in full has a result; one that a dead server holds does not.
+            if not sent.done():
+                sent.cancel()
+                await asyncio.gather(sent, return_exceptions=True)
+        if sent.cancelled():
+            await self.sampling
+            raise CalibrationFailed("sampling ended before the calibration did")
+        records = sent.result()
         for r in records:
             if r.outcome != "completed" or r.output_tokens != r.output_tokens_designed:
                 raise CalibrationFailed(

@@ -23,9 +23,12 @@ from harness.config import ConfigError, MockServerConfig, load_config, load_mock
 from harness.display import Display
 from harness.engines import LimitsUnreadable, MissingMetric
 from harness.experiment import run_experiment
+from harness.plan import HorizonTooShort
 from harness.predict import offline_predictions
+from harness.sampler import ServerGone
 from harness.server import ServerFailed
 from harness.store import Store, StoreError, missing
+from harness.streams import finite
 from loadgen.drive import TooFewFileDescriptors
 
 app = typer.Typer(
@@ -42,6 +45,8 @@ USAGE_ERRORS = (
     MissingMetric,
     CalibrationFailed,
     TooFewFileDescriptors,
+    ServerGone,
+    HorizonTooShort,
 )
 USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 ConfigPath = Annotated[Path, typer.Argument(help="the experiment's YAML")]
@@ -74,7 +79,7 @@ def run(
     if verdict is None:
         return
     if as_json:
-        print(json.dumps(verdict.to_dict()))
+        print(json.dumps(finite(verdict.to_dict()), default=list))
     else:
         console.print(summary(verdict), highlight=False, soft_wrap=True)
         console.print(f"report      {store.path / 'report.html'}", highlight=False, soft_wrap=True)
@@ -155,7 +160,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPT_EXIT)
     except USAGE_ERRORS as error:
-        Console(stderr=True).print(f"[red]error[/red]  {error}", highlight=False, soft_wrap=True)
+        console = Console(stderr=True)
+        console.print("error ", style="red", end=" ")
+        console.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(USAGE_EXIT)
 
 

@@ -49,7 +49,7 @@ class ConfigError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 SectionT = TypeVar("SectionT", bound=_Section)
@@ -189,10 +189,13 @@ class WorkloadConfig(_Section):
         return self
 
     def build(self) -> Workload:
-        """The law of lengths."""
-        workload = self._law()
-        if self.max_total_tokens is not None:
-            workload, _ = clipped(workload, self.max_total_tokens)
+        """The law of lengths. Raises ConfigError when it cannot be read or nothing is left of it."""
+        try:
+            workload = self._law()
+            if self.max_total_tokens is not None:
+                workload, _ = clipped(workload, self.max_total_tokens)
+        except ValueError as error:
+            raise ConfigError(f"workload: {error}") from error
         return workload
 
     def _law(self) -> Workload:
@@ -225,6 +228,13 @@ class LoadConfig(_Section):
     seed: Annotated[int, Field(ge=0)] = 1
     vocabulary: tuple[Annotated[int, Field(ge=0)], Positive] = (FIRST_ORDINARY_ID, 900)
     send_delay_ms: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _ordered_vocabulary(self) -> LoadConfig:
+        low, high = self.vocabulary
+        if high - low < 2:
+            raise ValueError(f"vocabulary: [{low}, {high}] holds fewer than two token ids")
+        return self
 
     @model_validator(mode="after")
     def _some_rate(self) -> LoadConfig:
@@ -263,7 +273,7 @@ class ExperimentConfig(_Section):
     regimes: tuple[RegimeConfig, ...] = ()
     published: PublishedConfig | None = None
     load: LoadConfig = LoadConfig()
-    sample_interval_s: Annotated[float, Field(ge=0.02)] = 0.1
+    sample_interval_s: Annotated[float, Field(ge=0.02, le=1.0)] = 0.1
 
     @model_validator(mode="after")
     def _some_workload(self) -> ExperimentConfig:

@@ -321,8 +321,9 @@ def _num_gpu_blocks(
         return int(shown), False
     if given is None:
         raise LimitsUnreadable(
-            f"this server (version {version}) shows num_gpu_blocks {shown!r}: give num_gpu_blocks "
-            "in the configuration (its log says `GPU KV cache size: N tokens`; N / block_size)"
+            f"this server (version {version}) shows num_gpu_blocks {shown!r}: give "
+            "limits.pool_tokens and limits.block_size in the configuration (its log says "
+            "`GPU KV cache size: N tokens`)"
         )
     return given, True
 

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import yaml
+from rich.markup import escape
 
 from analysis.evidence import Evidence
 from analysis.judge import judge
@@ -15,16 +16,19 @@ from analysis.summary import summary
 from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence
 from harness.calibrate import Calibration, calibrate
-from harness.config import ExperimentConfig
+from harness.config import ConfigError, ExperimentConfig
 from harness.display import Countdown, Display
+from harness.engines import MissingMetric
 from harness.environment import environment
-from harness.gpu import open_gpus
+from harness.gpu import GpuReader, NoGpu, open_gpus
 from harness.offer import Stage, offer
 from harness.plan import Plan, make_plan
 from harness.predict import claimed, predictions
 from harness.sampler import ServerGone
-from harness.store import Store
+from harness.server import ServerFailed, url_is_loopback
+from harness.store import INPUTS, Store
 from harness.target import Target, assumptions, require_fitting, target_server
+from loadgen.drive import TooFewFileDescriptors
 from loadgen.workload import Workload
 
 MAX_EXTRA_RUNS = 3
@@ -39,10 +43,11 @@ async def run_experiment(
     interrupt goes on to the caller.
     """
     workload = config.law()
-    gpus = open_gpus()
+    _refuse_offline_keys(config)
     _write_inputs(config, store)
     display.phase("starting the server")
     async with target_server(config, store) as target:
+        gpus = _gpus_of(target)
         require_fitting(workload, target.limits)
         for line in assumptions(target.shown, target.limits):
             display.say(f"note        {line}")
@@ -51,6 +56,7 @@ async def run_experiment(
         limits = calibration.limits(target.limits)
         store.write_json("limits.json", {"shown": target.shown, "used": limits})
         prediction = predictions(config, workload, limits, calibration.fit, "P1")
+        prediction["made_from"] = {name: store.digest(name) for name in INPUTS}
         store.write_json("prediction.json", prediction)
         claim = Prediction.from_dict(prediction["claim"])
         digest = store.digest("prediction.json")
@@ -63,16 +69,40 @@ async def run_experiment(
             rate = claim.critical_rate.value
             stage = Stage(config, target, workload, store, display, gpus, rate)
             await _drive_all(stage, plan)
-        except ServerGone as error:
-            display.say(f"[red]{error}[/red]; what was measured until then is judged")
+        except (ServerGone, ServerFailed, MissingMetric, TooFewFileDescriptors) as error:
+            if not store.whole_runs():
+                raise
+            ended = target.poll()
+            display.say(escape(f"error       {error}" + (f"; {ended}" if ended else "")))
+            display.say("            what was measured until then is judged")
         except asyncio.CancelledError:
-            if store.run_ids():
-                _summarise_interrupted(store, display)
+            if store.whole_runs():
+                display.say("interrupted: the best verdict so far")
+                display.say(summary(analyse(store)))
             raise
     return analyse(store)
 
 
 # -- before the load -----------------------------------------------------------------------------
+
+
+def _refuse_offline_keys(config: ExperimentConfig) -> None:
+    """Keys that only a prediction without a server uses must not change a live claim unseen."""
+    offline = {"step_time": config.step_time, "published": config.published}
+    given = [name for name, value in offline.items() if value is not None]
+    if config.replicas > 1:
+        given.append("replicas")
+    if given:
+        raise ConfigError(
+            f"{given[0]}: only `critrate predict` uses it; a run measures one server: remove it"
+        )
+
+
+def _gpus_of(target: Target) -> GpuReader | NoGpu:
+    """The GPUs beside the engine; those of this machine only when the server is on it."""
+    if not url_is_loopback(target.url):
+        return NoGpu("the server is on another machine, whose GPUs cannot be seen from here")
+    return open_gpus()
 
 
 def _write_inputs(config: ExperimentConfig, store: Store) -> None:
@@ -189,9 +219,3 @@ def outside(evidence: Evidence) -> float | None:
         candidate = 0.85 * critical_load
         return candidate if all(abs(r.load - candidate) > 0.02 for r in valid) else None
     return None
-
-
-def _summarise_interrupted(store: Store, display: Display) -> None:
-    verdict = analyse(store)
-    display.say("[yellow]interrupted[/yellow]: the best verdict so far")
-    display.say(summary(verdict))

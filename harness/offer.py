@@ -170,10 +170,10 @@ async def _idle(target: Target, display: Display) -> None:
         if sample.waiting == 0 and sample.running == 0:
             seen.set()
 
-    async with asyncio.timeout(DRAIN_TIMEOUT_S):
-        try:
+    try:
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
             await sample_engine(target.session, target.url, target.facts, 0.2, seen, look)
-        except TimeoutError as error:
-            raise ServerFailed(
-                f"{target.url} still had requests after {DRAIN_TIMEOUT_S:.0f} s: stop other clients"
-            ) from error
+    except TimeoutError as error:
+        raise ServerFailed(
+            f"{target.url} still had requests after {DRAIN_TIMEOUT_S:.0f} s: stop other clients"
+        ) from error

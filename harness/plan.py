@@ -18,6 +18,7 @@ from analysis.growth import (
 )
 from analysis.kv_demand import residence_steps
 from analysis.prediction import Prediction
+from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
 from loadgen.records import Run
 from loadgen.workload import Workload
 
@@ -29,6 +30,10 @@ MEASURED_RESIDENCES = 9.0
 ALPHA = 0.05
 GROWTH_POWER = 0.95
 STABILITY_POWER = 0.995
+
+
+class HorizonTooShort(ValueError):
+    """Nothing could be measured within the horizon; the message says which one is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +92,15 @@ def make_plan(
         else:
             needed_s = needed_requests(excess, spread, ALPHA, GROWTH_POWER) / rate
         wanted_s = horizon_s or warmup_s + max(needed_s, MEASURED_RESIDENCES * longest_s)
-        length_s = min(max(wanted_s, 1.5 * warmup_s), max_horizon_s)
-        left_s = max(length_s - warmup_s, 0.0)
+        length_s = min(wanted_s, max_horizon_s)
+        left_s = length_s - warmup_s
+        if left_s < MIN_BACKLOG_RESIDENCES * mean_s:
+            shortest_s = warmup_s + 2 * MIN_BACKLOG_RESIDENCES * mean_s
+            raise HorizonTooShort(
+                f"a run of {length_s:.0f} s has {max(left_s, 0):.0f} s left after its warm-up of "
+                f"{warmup_s:.0f} s (three of the longest residence times): set load.max_horizon_s and "
+                f"load.horizon_s to at least {shortest_s:.0f}"
+            )
         powers.append(
             stability_power(stable_below, variance, left_s)
             if load < 1

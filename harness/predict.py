@@ -41,10 +41,14 @@ def predictions(
         "simulated": None,
     }
     if second_opinion:
-        simulated = simulated_rate(
-            workload, limits, fit.law, requests=SECOND_OPINION_REQUESTS, seed=config.load.seed
-        )
-        found["simulated"] = simulated.scaled(config.replicas).to_dict()
+        try:
+            simulated = simulated_rate(
+                workload, limits, fit.law, requests=SECOND_OPINION_REQUESTS, seed=config.load.seed
+            )
+        except ValueError as error:
+            found["simulated_note"] = f"no second opinion: {error}"
+        else:
+            found["simulated"] = simulated.scaled(config.replicas).to_dict()
     return found
 
 
@@ -57,8 +61,9 @@ def claimed(
 ) -> Prediction:
     """The prediction that the config's claim is about."""
     if config.claim == "paper":
-        # The paper counts tokens; a pool that is no whole number of blocks is kept to the token.
-        pool = config.limits.pool_tokens or limits.pool_tokens
+        # The paper counts tokens; a stated pool that is no whole number of blocks is kept to the token.
+        stated = config.limits.pool_tokens if config.server is None else None
+        pool = stated or limits.pool_tokens
         limits = replace(limits, num_blocks=pool, block_size=1)
     longest_prompt = int(workload.prompt_tokens.max())
     return predict(
@@ -78,6 +83,10 @@ def stated_limits(config: ExperimentConfig) -> EngineLimits:
     if given.pool_tokens is None:
         raise ConfigError("limits.pool_tokens: a prediction without a server needs the KV pool")
     block_size = given.block_size or 16
+    if given.pool_tokens < block_size:
+        raise ConfigError(
+            f"limits.pool_tokens: {given.pool_tokens} do not fill a block of {block_size}"
+        )
     return EngineLimits(
         num_blocks=given.pool_tokens // block_size,
         block_size=block_size,
@@ -110,7 +119,12 @@ def _summary(found: Mapping[str, Any]) -> dict[str, str]:
             f"{estimate_text(prediction.critical_rate)}   E[g] "
             f"{prediction.kv_demand.value:.0f} token-steps, bound by {prediction.binding}"
         )
-    rows["simulated"] = estimate_text(Estimate.from_dict(found["simulated"]))
+    simulated = found["simulated"]
+    rows["simulated"] = (
+        found["simulated_note"]
+        if simulated is None
+        else estimate_text(Estimate.from_dict(simulated))
+    )
     return rows
 
 
@@ -129,6 +143,7 @@ def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
     """Piecewise-stationary traffic: the harmonic mean of the regimes (theory.md 2.2)."""
     parts = []
     for regime in config.regimes:
+        require_fitting(regime.workload.build(), limits)
         fit = exact_step_time(regime.step_time.law())
         parts.append(predictions(config, regime.workload.build(), limits, fit, "P0"))
     rates = {}

@@ -77,7 +77,10 @@ def calibrated(
     """The step-time law from simulated probes, seen through a client's jitter."""
     probes = [p for p in design_probes(workload, shown) if p.output_tokens > 1]
     return fit_step_time(
-        [step_observation(_jittered(_probed(p, mock), rng)) for p in probes * REPEATS]
+        [
+            replace(step_observation(_jittered(_probed(p, mock), rng)), probe=p.name)
+            for p in probes * REPEATS
+        ]
     )
 
 

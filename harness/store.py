@@ -22,6 +22,7 @@ from harness.streams import (
     StorageFull,
     StoreError,
     as_json,
+    finite,
     read_lines,
     storage_error,
 )
@@ -68,6 +69,10 @@ class StoredRun:
     samples: list[EngineSample]
     gpu: list[dict[str, Any]]
     warnings: tuple[str, ...]
+
+
+INPUTS = ("config.yaml", "limits.json")
+"""Files that a prediction and the thresholds of its verdict are made from: their digests stand in it."""
 
 
 class Store:
@@ -134,7 +139,8 @@ class Store:
             raise storage_error(error, target, kept) from error
 
     def write_json(self, name: str, data: Any) -> None:
-        self.write_text(name, as_json(data, indent=2) + "\n")
+        plain = finite(json.loads(as_json(data)))
+        self.write_text(name, json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Raises StoreError when the file is not there or no JSON object."""
@@ -162,6 +168,15 @@ class Store:
     def run_ids(self) -> list[str]:
         """Identifiers of the runs that were begun, sorted."""
         return sorted(p.parent.name for p in self.path.glob("runs/*/run.json"))
+
+    def whole_runs(self) -> list[str]:
+        """Identifiers of the runs that came to an end and recorded something."""
+        return [
+            run_id
+            for run_id in self.run_ids()
+            if (self.path / "runs" / run_id / "end.json").exists()
+            and (self.path / "runs" / run_id / "requests.jsonl").stat().st_size > 0
+        ]
 
     def begin_run(self, run: Run, start_ns: int, start_wall: str, prediction_digest: str) -> None:
         """Make the run's folder. A cut-off attempt at it is moved to superseded/.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -33,6 +34,15 @@ class DamagedRecord(StoreError):
 def as_json(data: Any, **options: Any) -> str:
     """JSON of plain data, dataclasses, paths and numpy scalars and arrays."""
     return json.dumps(data, default=_plain, **options)
+
+
+def finite(data: Any) -> Any:
+    """The same plain data with null for what JSON has no number for: NaN and the infinities."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _plain(value: Any) -> Any:

@@ -59,7 +59,9 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
         else:
             assert server.url is not None
             url = server.url.rstrip("/")
-            running = await stack.enter_async_context(attached(url, facts.health_path))
+            running = await stack.enter_async_context(
+                attached(url, facts.health_path, server.ready_timeout_s, server.headers)
+            )
         session = await stack.enter_async_context(open_session(server.headers))
         given = config.limits
         blocks = None
