@@ -109,15 +109,19 @@ def estimate_text(estimate: Estimate | None) -> str:
 
 
 def plus_minus(estimate: Estimate) -> str:
-    """Value +- half width where the interval is symmetric, else as `estimate_text`."""
+    """Value +- half width where the interval is symmetric, else as `estimate_text`.
+
+    A level other than the usual one is named.
+    """
     above, below = estimate.high - estimate.value, estimate.value - estimate.low
     symmetric = math.isfinite(above) and math.isclose(above, below, rel_tol=0.05, abs_tol=1e-12)
-    if not symmetric or estimate.level != USUAL_LEVEL:
+    if not symmetric:
         return estimate_text(estimate)
+    level = "" if estimate.level == USUAL_LEVEL else f" ({percent(estimate.level, 0)})"
     estimate = readable(estimate)
     decimals = decimals_for(estimate.half_width)
     spread = grouped(estimate.half_width, decimals)
-    return f"{grouped(estimate.value, decimals)} +- {spread} {estimate.unit}".rstrip()
+    return f"{grouped(estimate.value, decimals)} +- {spread} {estimate.unit}".rstrip() + level
 
 
 def glued(text: str) -> str:

@@ -67,7 +67,6 @@ def judge(evidence: Evidence) -> Verdict:
         audit=tuple(audit),
         identity=audited.factors if audited else (),
         table=assumed_observed(evidence, held, best, audited),
-        warnings=tuple(w for run in evidence.runs for w in run.warnings),
     )
 
 

@@ -346,6 +346,7 @@ def test_digits_follow_the_interval(estimate: Estimate | None, text: str) -> Non
 
 def test_small_formats() -> None:
     assert plus_minus(Estimate(0.17, 0.11, 0.23, 0.95, "req/s", "")) == "0.17 +- 0.06 req/s"
+    assert plus_minus(Estimate(0.17, 0.11, 0.23, 0.9, "req/s", "")) == "0.17 +- 0.06 req/s (90 %)"
     assert plus_minus(Estimate(-0.001, -0.07, 0.068, 0.95, "req/s", "")) == "0.00 +- 0.07 req/s"
     assert [seconds(x) for x in (0.0, 1.234, 0.0412, 3e-5)] == [
         "0 s",

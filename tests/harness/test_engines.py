@@ -269,7 +269,7 @@ def test_an_unusable_server_info_counts_as_not_shown(info: str | dict[str, objec
 
 def test_a_server_that_hides_its_blocks_needs_them_given() -> None:
     pages = {**PAGES, "/metrics": METRICS.replace('num_gpu_blocks="129"', 'num_gpu_blocks="None"')}
-    with pytest.raises(LimitsUnreadable, match="give limits.pool_tokens and limits.block_size"):
+    with pytest.raises(LimitsUnreadable, match=r"give limits\.pool_tokens and limits\.block_size"):
         limits_of(pages)
     limits = limits_of(pages, num_gpu_blocks=65)
     assert (limits.num_blocks, limits.num_blocks_given) == (64, True)
