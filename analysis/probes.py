@@ -169,7 +169,8 @@ def sequence_ceiling(results: Sequence[ProbeResult]) -> tuple[int | None, str]:
     count = short[0].probe.count
     if len(met) == len(short) and max(met) < count:
         return max(met), f"max_num_seqs {max(met)}: seen with {count} short requests offered"
-    return None, f"max_num_seqs is at least {count}: so many ran at once"
+    most = max(x.running for r in short for x in r.samples)
+    return None, f"max_num_seqs is at least {most}: so many ran at once; taken as not binding"
 
 
 def token_ceiling(

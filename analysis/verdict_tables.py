@@ -12,6 +12,7 @@ from analysis.estimate import Estimate, combined
 from analysis.evidence import Evidence
 from analysis.growth import HingePoint, hinge
 from analysis.identity import Identity
+from analysis.prediction import Prediction
 from analysis.run_verdict import Capacity
 from analysis.verdict import AssumedObserved, Check, NamedEstimate, RunJudgement
 
@@ -27,7 +28,7 @@ def other_predictions(evidence: Evidence, best: Capacity | None) -> tuple[NamedE
         NamedEstimate(
             name="engine",
             estimate=evidence.engine.critical_rate,
-            note=f"blocks, ceilings, recompute; {evidence.engine.binding} binds",
+            note=_engine_note(evidence.engine),
         ),
     ]
     if evidence.simulated is not None:
@@ -58,6 +59,18 @@ def other_predictions(evidence: Evidence, best: Capacity | None) -> tuple[NamedE
             )
         )
     return tuple(others)
+
+
+def _engine_note(prediction: Prediction) -> str:
+    low, high = prediction.bracket
+    note = (
+        f"blocks, ceilings, recompute; {prediction.binding} binds; the paper's theorems leave "
+        f"[{low:.4g}, {high:.4g}] req/s open"
+    )
+    onset = prediction.onset_rate
+    if onset is not None:
+        note += f"; the KV cache is full 5 % of the time, and queueing starts, at {onset.value:.3g}"
+    return note
 
 
 def other_measurements(

@@ -21,14 +21,14 @@ from harness.display import Countdown, Display
 from harness.engines import MissingMetric
 from harness.environment import environment
 from harness.gpu import GpuReader, NoGpu, open_gpus
-from harness.offer import Stage, offer
+from harness.offer import Stage, most_in_flight, offer
 from harness.plan import Plan, make_plan
 from harness.predict import claimed, predictions
 from harness.sampler import ServerGone
 from harness.server import ServerFailed, url_is_loopback
 from harness.store import INPUTS, Store
 from harness.target import Target, assumptions, require_fitting, target_server
-from loadgen.drive import TooFewFileDescriptors
+from loadgen.drive import TooFewFileDescriptors, require_file_descriptors
 from loadgen.workload import Workload
 
 MAX_EXTRA_RUNS = 3
@@ -63,6 +63,9 @@ async def run_experiment(
         plan = _plan(config, workload, claim, digest, config.load.rates)
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
+        for run in plan.runs:
+            arrivals = round(run.arrival_rate * run.horizon_s)
+            require_file_descriptors(most_in_flight(arrivals, run, claim.critical_rate.value))
         if plan_only:
             return None
         try:

@@ -83,7 +83,7 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
                     on_record,
                     progress=progress,
                     send_delay_s=config.load.send_delay_ms / 1e3,
-                    expected_in_flight=_most_in_flight(len(arrival_s), run, stage.critical_rate),
+                    expected_in_flight=most_in_flight(len(arrival_s), run, stage.critical_rate),
                 )
             )
             try:
@@ -104,7 +104,7 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
         store.end_run(run.id, end_ns, reason, stats)
 
 
-def _most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
+def most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
     """Requests in the system at the horizon if the server were half as fast as predicted."""
     unserved = max(0.0, 1.0 - 0.5 * critical_rate / run.arrival_rate)
     return min(arrivals, round(arrivals * unserved) + SPARE_IN_FLIGHT)
