@@ -164,7 +164,7 @@ def conservation(frames: RunFrames) -> Check:
         observed=client - server,
         threshold=allowed,
         text=f"{client:.0f} departures by the client, {server:.0f} finished by the server's counter "
-        f"(allowed to differ by {allowed:.0f}: in flight and {BALANCE_TOLERANCE:.0%}); of "
+        f"(allowed to differ by {allowed:.0f}: in flight and {100 * BALANCE_TOLERANCE:.0f} %); of "
         f"{len(requests)} arrivals {duplicated} were recorded twice, {no_end} completed without end",
     )
 
@@ -200,10 +200,11 @@ def client_equals_server(frames: RunFrames) -> Check:
         holds=foreign <= FOREIGN_SHARE and share <= allowed and growth <= most_growth,
         observed=share,
         threshold=allowed,
-        text=f"in flight {mean:.1f} requests, {share:.1%} of N (allowed {allowed:.1%}) or "
+        text=f"in flight {mean:.1f} requests, {100 * share:.1f} % of N (allowed "
+        f"{100 * allowed:.1f} %) or "
         f"{transit_s * 1e3:.0f} ms of each request's life; growing by {growth:+.2g} req/s (allowed "
-        f"{most_growth:.2g}); the engine held more than we sent in {foreign:.1%} of samples "
-        f"(allowed {FOREIGN_SHARE:.0%})",
+        f"{most_growth:.2g}); the engine held more than we sent in {100 * foreign:.1f} % of samples "
+        f"(allowed {100 * FOREIGN_SHARE:.0f} %)",
     )
 
 
@@ -232,5 +233,6 @@ def token_balance(frames: RunFrames) -> Check:
         observed=difference,
         threshold=allowed,
         text=f"{client:.0f} received, {server:.0f} generated "
-        f"({difference:+.2%}, allowed {allowed:.2%}: two steps' tokens and {BALANCE_TOLERANCE:.0%})",
+        f"({100 * difference:+.2f} %, allowed {100 * allowed:.2f} %: two steps' tokens and "
+        f"{100 * BALANCE_TOLERANCE:.0f} %)",
     )

@@ -108,6 +108,7 @@ def forest(verdict: Verdict) -> str:
                 fontweight="bold" if strong else "normal",
                 transform=axes.get_yaxis_transform(),
                 va="center",
+                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0},
             )
             if np.isfinite([estimate.low, estimate.high]).all():
                 axes.plot(

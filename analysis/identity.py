@@ -62,7 +62,7 @@ def identity(
         threshold=IDENTITY_TOLERANCE,
         text=f"KV demand served and occupancy imply a pool of {implied.value:.0f} tokens "
         f"[{implied.low:.0f}, {implied.high:.0f}]; the server claims {pool_tokens} "
-        f"({ratio - 1:+.1%}, allowed {IDENTITY_TOLERANCE:.0%})",
+        f"({100 * (ratio - 1):+.1f} %, allowed {100 * IDENTITY_TOLERANCE:.0f} %)",
     )
     usage = batch_mean(
         occupancy, "", "gauge of KV usage and what finished requests had returned, 10 batches"

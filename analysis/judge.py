@@ -152,7 +152,7 @@ def _one_sided(found: _Findings) -> Ruling:
 
 def _agreeing(found: _Findings, measured: Estimate, reasons: tuple[str, ...]) -> Ruling:
     """The rate agrees; it is confirmed when one run below is stable and one above grows."""
-    band = f"{found.evidence.theta:.0%}"
+    band = f"{100 * found.evidence.theta:.0f} %"
     rate = measured.value
     stable = any(j.verdict == "stable" and j.arrival_rate < rate for j in found.judgements)
     grows = any(j.verdict == "unstable" and j.arrival_rate > rate for j in found.judgements)
@@ -183,7 +183,7 @@ def _undecided(found: _Findings, share: Estimate, reasons: tuple[str, ...]) -> R
     factor = max((share.half_width / (theta / 2)) ** 2, 1.5)
     return Ruling(
         "inconclusive",
-        f"the interval straddles the {theta:.0%} band",
+        f"the interval straddles the {100 * theta:.0f} % band",
         reasons,
         (f"lengthen the overloaded runs about {factor:.1f} times",),
     )
@@ -210,7 +210,7 @@ def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[s
             )
     side = "faster" if share.value > 1 else "slower"
     causes, advice = _causes(found, best, share, binds)
-    headline = f"{abs(share.value - 1):.0%} {side} than predicted"
+    headline = f"{100 * (abs(share.value - 1)):.0f} % {side} than predicted"
     return Ruling("refuted", headline, reasons + causes, advice)
 
 
@@ -228,7 +228,7 @@ def _causes(
     if abs(step / expected - 1) > found.evidence.theta / 2:
         causes.append(
             f"step time: {step * 1e3:.2f} ms measured under backlog, {expected * 1e3:.2f} ms "
-            f"predicted ({step / expected - 1:+.1%})"
+            f"predicted ({100 * (step / expected - 1):+.1f} %)"
         )
         advice.append("calibrate again: the step-time law does not hold at saturation")
     if binds != prediction.binding:

@@ -49,7 +49,7 @@ def _kv_binds(evidence: Evidence, saturated: Saturation | None) -> Check:
         holds=binds == "kv_cache",
         observed=saturated.kv_usage,
         threshold=KV_BOUND_USAGE,
-        text=f"{binds} binds: under backlog the KV cache was {saturated.kv_usage:.1%} full "
+        text=f"{binds} binds: under backlog the KV cache was {100 * saturated.kv_usage:.1f} % full "
         f"with {saturated.running:.1f} requests running",
     )
 
@@ -64,6 +64,6 @@ def _steady(saturated: Sequence[Saturation]) -> Check:
         observed=change,
         threshold=STEADY_TOLERANCE,
         text=f"mean steps in the halves of {len(saturated)} backlogged runs: "
-        f"{min(halves) * 1e3:.2f} to {max(halves) * 1e3:.2f} ms, {change:.1%} apart "
-        f"(allowed {STEADY_TOLERANCE:.0%})",
+        f"{min(halves) * 1e3:.2f} to {max(halves) * 1e3:.2f} ms, {100 * change:.1f} % apart "
+        f"(allowed {100 * STEADY_TOLERANCE:.0f} %)",
     )

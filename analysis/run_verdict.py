@@ -97,7 +97,7 @@ def _stability(
 def _why_invalid(run: MeasuredRun) -> str:
     failed = [c.name for c in run.fidelity.checks if c.passed is False]
     if run.overrun is not None and run.overrun > OVERRUN_LIMIT:
-        failed.append(f"mock server: {run.overrun:.1%} of its steps ran late")
+        failed.append(f"mock server: {100 * run.overrun:.1f} % of its steps ran late")
     return "invalid: " + ", ".join(failed)
 
 

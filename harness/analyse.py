@@ -93,11 +93,11 @@ def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
     warnings = list(run.warnings)
     assert run.end is not None
     if run.end["reason"] != "horizon":
-        warnings.append(f"run {run.run.id} ended early: {run.end['reason']}")
+        warnings.append(f"it ended early: {run.end['reason']}")
     stats = run.end.get("sampler")
     if stats and stats["failures"]:
         warnings.append(
-            f"run {run.run.id}: {stats['failures']} of {stats['ticks']} scrapes failed "
+            f"{stats['failures']} of {stats['ticks']} scrapes failed "
             f"({stats['last_failure']}); the longest gap is {stats['longest_gap_s']:.1f} s"
         )
     requests = frames.requests
@@ -107,7 +107,7 @@ def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
     offered = fidelity(run.run, run.records, frames.end_s, run.start_ns, max_lag_ms)
     if offered.lag_p99_ms > MAX_LAG_MS:
         warnings.append(
-            f"run {run.run.id}: 1 % of the requests were sent more than {offered.lag_p99_ms:.0f} ms "
+            f"1 % of the requests were sent more than {offered.lag_p99_ms:.0f} ms "
             f"late (worst {offered.lag_max_ms:.0f} ms, allowed {max_lag_ms:.0f} ms, 5 % of a "
             "residence): give the client cores of its own"
         )

@@ -169,7 +169,7 @@ def _announce(prediction: Prediction, plan: Plan, display: Display) -> None:
     for run, power in zip(plan.runs, plan.power, strict=True):
         display.say(
             f"plan        {run.arrival_rate:.4g} req/s for {run.horizon_s:.0f} s, "
-            f"{run.arrival_rate * run.horizon_s:.0f} requests, power {power:.0%}"
+            f"{run.arrival_rate * run.horizon_s:.0f} requests, power {100 * power:.0f} %"
         )
     display.say(f"            {plan.duration_s / 60:.1f} minutes, {plan.requests:.0f} requests")
 
