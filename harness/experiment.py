@@ -49,7 +49,7 @@ async def run_experiment(
     async with target_server(config, store) as target:
         gpus = _gpus_of(target)
         require_fitting(workload, target.limits)
-        for line in assumptions(target.shown, target.limits):
+        for line in assumptions(target.shown, config):
             display.say(f"note        {line}")
         calibration = await _calibrated(config, target, workload, display)
         store.write_json("calibration.json", calibration.to_dict())

@@ -99,15 +99,15 @@ def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits
     )
 
 
-def assumptions(shown: ServerLimits, limits: EngineLimits) -> list[str]:
-    """What a reader of the prediction must know about limits that nobody stated, one line each."""
+def assumptions(shown: ServerLimits, config: ExperimentConfig) -> list[str]:
+    """What a reader of the prediction must know of what nobody stated, one line each."""
     lines = []
     if shown.prefix_caching:
         lines.append(
             "prefix caching is on: any hit breaks a premise; start the server with "
             "--no-enable-prefix-caching"
         )
-    if "async_scheduling" in shown.not_shown and not limits.async_scheduling:
+    if shown.async_scheduling is None and config.limits.async_scheduling is None:
         lines.append(
             "asynchronous scheduling is taken as off; if the server has it on (vLLM's default on a "
             "GPU), set limits.async_scheduling: true"
