@@ -143,9 +143,10 @@ def mock(
 
 
 async def _until_terminated(work: Coroutine[Any, Any, Verdict | None]) -> Verdict | None:
-    """Let SIGTERM end the work as an interrupt does: servers stopped, what was measured judged."""
+    """Let SIGTERM and a closed terminal end the work as an interrupt does: servers stopped, runs judged."""
     task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     return await task
 
 
