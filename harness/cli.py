@@ -143,7 +143,7 @@ def mock(
 
 
 async def _until_terminated(work: Coroutine[Any, Any, Verdict | None]) -> Verdict | None:
-    """Let SIGTERM and a closed terminal end the work as an interrupt does: servers stopped, runs judged."""
+    """SIGTERM and a closed terminal end the work as an interrupt does: servers stopped, runs judged."""
     task = asyncio.ensure_future(work)
     for number in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
