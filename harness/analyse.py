@@ -22,8 +22,8 @@ from loadgen.fidelity import MAX_LAG_MS, fidelity
 MOST_LAG_MS = 100.0
 LAG_OVER_RESIDENCE = 0.05
 """Poisson arrivals that are displaced independently stay Poisson, and N(t) counts from the schedule;
-what a stall of the client can do is bunch arrivals. Bunches of 5 % of a residence, in 1 % of the
-sends, move the number in service by less than a thousandth."""
+what a stall of the client can do is bunch arrivals, here by a small part of the time over which the
+engine averages them. The share is a judgement, not a measurement."""
 
 
 def analyse(store: Store) -> Verdict:
