@@ -1,27 +1,33 @@
-"""The scheduler of vLLM v1 as a pure state machine: no clock, no I/O, no randomness.
+"""What every scheduler model shares: limits, requests, steps, samples and the verbs of an engine.
 
-One object, three verbs: ``submit`` a request, ``start`` the next step, ``complete`` it when it has run.
-`analysis.simulate` calls them on a virtual clock, `harness.mock` on the wall clock.
-
-The rules are those of vLLM 0.32.0 (`v1/core/sched/scheduler.py`, `v1/core/kv_cache_manager.py`) for
-first-come-first-served order, prefix caching off, no speculation, no adapters:
-
-* running requests are served first, in order of admission, from one token budget;
-* when blocks run out the newest running request is preempted: its blocks are freed, its outputs are
-  kept, it returns to the front of the queue and later recomputes prompt and outputs;
-* nothing is admitted in a step that preempted; otherwise the queue is admitted from its head until
-  budget, sequences or blocks run out;
-* outputs are not reserved, the whole prompt is (``reserve_full_prompt``).
-
-With ``async_scheduling`` step k+1 is scheduled when step k starts, before the tokens of step k are
-known: an arrival waits one step more, and a finished request holds its blocks one step longer.
+A scheduler is a pure state machine: no clock, no I/O, no randomness. ``submit`` a request, ``start``
+the next step, ``complete`` it when it has run. `analysis.simulate` calls the verbs on a virtual clock,
+`harness.mock` on the wall clock. The rules are in `analysis.vllm` and `analysis.sglang`;
+`analysis.scheduler` picks the ones that the limits name.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SGLangRules:
+    """How SGLang sets room aside for outputs that do not exist yet; see `analysis.sglang`."""
+
+    max_prefill_tokens: int = 16384
+    """Prompt tokens that one prefill step admits, beside the chunk of one long prompt."""
+    schedule_conservativeness: float = 1.0
+    radix_cache: bool = True
+    """Without it, requests that ignore the end of text are admitted by looking ahead."""
+    whole_output_of_ignore_eos: bool = True
+    """0.5.22 and later set the whole output of a running request aside that ignores the end of text;
+    earlier ones only the share ``new_token_ratio`` of it, and over-commit."""
+    clip_max_new_tokens: int = 4096
+    """No more output than this is set aside for one request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +35,9 @@ class EngineLimits:
     """What bounds an engine. ``num_blocks`` are usable blocks: vLLM's null block is not among them.
 
     ``max_num_seqs`` and ``max_num_batched_tokens`` may be None: unknown, treated as not binding.
+    With ``sglang`` the scheduler is SGLang's: a block is a page, ``max_num_seqs`` is its
+    ``max_running_requests``, ``max_num_batched_tokens`` its ``chunked_prefill_size`` (None: prompts
+    are not cut) and ``async_scheduling`` its overlap schedule.
     """
 
     num_blocks: int
@@ -40,6 +49,7 @@ class EngineLimits:
     reserve_full_prompt: bool = True
     long_prefill_token_threshold: int = 0
     async_scheduling: bool = False
+    sglang: SGLangRules | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -57,6 +67,20 @@ class EngineLimits:
     @property
     def watermark_blocks(self) -> int:
         return int(self.watermark * (self.num_blocks + 1))
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Most tokens of a step that computes prompts alone; None where decodes run beside them."""
+        if self.sglang is None:
+            return None
+        bounds = (self.max_num_batched_tokens, self.sglang.max_prefill_tokens)
+        return min(b for b in bounds if b is not None)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> EngineLimits:
+        """The inverse of `dataclasses.asdict`."""
+        rules = data.get("sglang")
+        return EngineLimits(**{**data, "sglang": None if rules is None else SGLangRules(**rules)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +109,25 @@ class EngineSample:
     """Finished requests whose end was not the asked length."""
     rejected: int
     prefix_hit_tokens: int
+    new_token_ratio: float | None = None
+    """Share of the outputs to come that the engine sets room aside for; None if it sets none aside."""
     overrun_steps: int = 0
     """Steps of a mock server that ran late; always 0 for a real engine, which has no set time."""
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request inside the engine. ``output_tokens`` is the length it will have at its end."""
+    """One request inside the engine.
+
+    ``output_tokens`` is the length it will have at its end, which a scheduler cannot know;
+    ``max_tokens`` is what its client declared (0: the output length), which it can.
+    """
 
     id: int
     prompt_tokens: int
     output_tokens: int
+    max_tokens: int = 0
+    ignore_eos: bool = True
     computed: int = 0
     """Tokens whose KV is written, those of the steps in flight included."""
     outputs: int = 0
@@ -110,6 +142,9 @@ class Request:
     preemptions: int = 0
     state: str = "new"
     prefilled_once: bool = False
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.max_tokens or self.output_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -131,10 +166,14 @@ class Step:
     recomputed_tokens: int = 0
     """Scheduled tokens that had been computed before a preemption."""
     preempted: int = 0
+    prefill: bool = False
+    """The step computes prompts alone (SGLang); vLLM mixes prompts and decodes."""
 
 
 class Engine:
-    """State of the scheduler; see the module's docstring for its rules."""
+    """State and verbs that the schedulers share; the rules are in `_schedule` and `complete`."""
+
+    new_token_ratio: float | None = None
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
@@ -169,12 +208,8 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Drop a request that its client gave up."""
-        if request.state == "running":
-            self.running.remove(request)
-            self._free(request)
-        elif request.state == "waiting":
-            self.waiting.remove(request)
         if request.state in ("running", "waiting"):
+            self._remove(request)
             request.state = "aborted"
             self.aborted += 1
 
@@ -186,47 +221,9 @@ class Engine:
         self._ahead = self._schedule() if step is not None else None
         return step
 
-    def _schedule(self) -> Step | None:
-        """Choose a step and allocate its blocks; None if there is nothing to run."""
-        step = Step(self.steps_scheduled)
-        budget = self.limits.max_num_batched_tokens or (1 << 62)
-        threshold = self._prefill_threshold()
-        budget = self._schedule_running(step, budget, threshold)
-        if not step.preempted:
-            self._schedule_waiting(step, budget, threshold)
-        if not step.scheduled:
-            return None
-        self.steps_scheduled += 1
-        self._advance(step)
-        return step
-
     def complete(self, step: Step) -> list[tuple[Request, bool]]:
         """Deliver a step's output tokens: ``(request, finished)`` for each token, blocks freed."""
-        delivered: list[tuple[Request, bool]] = []
-        prompt_tokens = 0
-        for (request, _), samples in zip(step.scheduled, step.samples, strict=True):
-            request.steps_in_flight -= 1
-            was_stale = request.stale > 0
-            if was_stale:
-                request.stale -= 1
-            if not samples or request.state in ("finished", "aborted"):
-                continue
-            if not was_stale:
-                request.in_flight -= 1
-            request.outputs += 1
-            if not request.prefilled_once:
-                request.prefilled_once = True
-                prompt_tokens += request.prompt_tokens
-            finished = request.outputs == request.output_tokens
-            if finished:
-                self._finish(request)
-            delivered.append((request, finished))
-        if delivered:
-            self.steps_with_output += 1
-            self.step_tokens += len(delivered) + prompt_tokens
-            self.prompt_tokens += prompt_tokens
-            self.generation_tokens += len(delivered)
-        return delivered
+        raise NotImplementedError
 
     def sample(self, t_ns: int) -> EngineSample:
         """What the metrics endpoint would show now."""
@@ -245,106 +242,35 @@ class Engine:
             truncated=0,
             rejected=0,
             prefix_hit_tokens=0,
+            new_token_ratio=self.new_token_ratio,
         )
 
-    # -- the two halves of a step ----------------------------------------------------------------
+    # -- what the rules use ----------------------------------------------------------------------
 
-    def _schedule_running(self, step: Step, budget: int, threshold: int) -> int:
-        """Serve running requests in admission order, preempting the newest when blocks run out."""
-        block_size = self.limits.block_size
-        running = self.running
-        position = 0
-        while position < len(running) and budget > 0:
-            request = running[position]
-            position += 1
-            # A request whose steps in flight reach its length is not run again.
-            if request.in_flight and request.outputs + request.in_flight >= request.output_tokens:
-                continue
-            tokens = request.num_tokens + request.in_flight - request.computed
-            if tokens <= 0:
-                continue
-            tokens = min(tokens, budget, threshold)
-            needed = -(-(request.computed + tokens) // block_size) - request.blocks
-            while needed > self.free_blocks:
-                victim = running.pop()
-                self._preempt(victim)
-                step.preempted += 1
-                if victim is request:
-                    return budget
-            self.free_blocks -= needed
-            request.blocks += needed
-            step.scheduled.append((request, tokens))
-            budget -= tokens
-        return budget
+    def _schedule(self) -> Step | None:
+        """Choose a step and allocate its blocks; None if there is nothing to run."""
+        raise NotImplementedError
 
-    def _schedule_waiting(self, step: Step, budget: int, threshold: int) -> None:
-        """Admit from the head of the queue until budget, sequences or blocks run out."""
-        limits = self.limits
-        max_num_seqs = limits.max_num_seqs or (1 << 62)
-        draining: list[Request] = []
-        while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
-            request = self.waiting[0]
-            if request.stale:
-                # Its last token is still in flight; it is passed over for this step.
-                draining.append(self.waiting.popleft())
-                continue
-            tokens = min(request.num_tokens, threshold, budget)
-            whole = request.num_tokens if limits.reserve_full_prompt else tokens
-            spare = limits.watermark_blocks if step.scheduled else 0
-            if -(-whole // limits.block_size) + spare > self.free_blocks:
-                break
-            self.waiting.popleft()
-            needed = -(-tokens // limits.block_size)
-            self.free_blocks -= needed
-            request.blocks = needed
-            request.state = "running"
-            self.running.append(request)
-            step.scheduled.append((request, tokens))
-            budget -= tokens
-        self.waiting.extendleft(reversed(draining))
-
-    def _advance(self, step: Step) -> None:
-        """Count the step's tokens as computed and note who will sample a token."""
-        for request, tokens in step.scheduled:
-            if request.preemptions and request.computed < request.num_tokens - 1:
-                step.recomputed_tokens += tokens
-            request.computed += tokens
-            request.steps_in_flight += 1
-            samples = request.computed == request.num_tokens + request.in_flight
-            if samples:
-                request.in_flight += 1
-            step.samples.append(samples)
-            step.tokens += tokens
-            step.kv_tokens += request.computed
-        self.recomputed_tokens += step.recomputed_tokens
-
-    # -- small moves -----------------------------------------------------------------------------
-
-    def _prefill_threshold(self) -> int:
-        threshold = self.limits.long_prefill_token_threshold
-        if threshold > 0 and len(self.running) + len(self.waiting) > 1:
-            return threshold
-        return 1 << 62
-
-    def _preempt(self, request: Request) -> None:
-        self._free(request)
-        request.computed = 0
-        # A synchronous engine has nothing in flight here; an asynchronous one delivers it late.
-        request.stale = request.steps_in_flight
-        request.in_flight = 0
-        request.preemptions += 1
-        request.state = "waiting"
-        self.preemptions += 1
-        self.waiting.appendleft(request)
+    def _count_delivered(self, delivered: int, prompt_tokens: int) -> None:
+        """Counters of a step that delivered tokens, a prompt counted when it completes."""
+        if delivered:
+            self.steps_with_output += 1
+            self.step_tokens += delivered + prompt_tokens
+            self.prompt_tokens += prompt_tokens
+            self.generation_tokens += delivered
 
     def _finish(self, request: Request) -> None:
+        self._remove(request)
+        request.state = "finished"
+        self.finished += 1
+
+    def _remove(self, request: Request) -> None:
+        """Take a waiting or running request out, with all that it holds."""
         if request.state == "running":
             self.running.remove(request)
             self._free(request)
         else:
             self.waiting.remove(request)
-        request.state = "finished"
-        self.finished += 1
 
     def _free(self, request: Request) -> None:
         self.free_blocks += request.blocks

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.engine import Engine, EngineLimits, EngineSample, Request, Step
+from analysis.scheduler import engine_of
 from analysis.step_time import StepTime
 from loadgen.records import RequestRecord
 
@@ -60,16 +61,20 @@ def simulate(
     lengths: NDArray[np.int64],
     horizon_s: float,
     sample_interval_s: float = 0.1,
+    ignore_eos: bool = True,
 ) -> Simulation:
     """Run the engine on [0, horizon_s) with the given arrivals and stop there.
 
     ``arrival_s`` has shape (n,), increasing seconds from the start; ``lengths`` has shape (n, 3):
-    prompt tokens, output tokens, declared max_tokens (the rules of vLLM do not look at the last).
+    prompt tokens, output tokens, declared max_tokens.
     A request arrives at a step boundary at the earliest. Requests without their last token at the
     horizon are ``unfinished``. Raises ValueError when a request can never fit the pool.
     """
-    engine = Engine(limits)
-    requests = [Request(i, int(s), int(o)) for i, (s, o, _) in enumerate(lengths)]
+    engine = engine_of(limits)
+    requests = [
+        Request(i, s, o, declared, ignore_eos)
+        for i, (s, o, declared) in enumerate(lengths.tolist())
+    ]
     first_s = np.full(len(requests), np.nan)
     last_s = np.full(len(requests), np.nan)
     samples: list[EngineSample] = []

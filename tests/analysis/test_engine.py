@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from analysis.engine import Engine, EngineLimits, Request, check_conservation
 from analysis.simulate import simulate
 from analysis.step_time import StepTime
+from analysis.vllm import VLLMEngine
 
 
 def run_to_end(engine: Engine, requests: list[Request], arrivals: list[int]) -> list[int]:
@@ -62,7 +63,7 @@ def test_every_request_finishes_with_its_length_and_blocks_are_conserved(
         (s, o, at) for s, o, at in drawn if -(-(s + o) // bounds.block_size) <= bounds.num_blocks
     ]
     requests = [Request(i, s, o) for i, (s, o, _) in enumerate(fitting)]
-    engine = Engine(bounds)
+    engine = VLLMEngine(bounds)
     if requests:
         run_to_end(engine, requests, [at for _, _, at in fitting])
     assert all(r.state == "finished" and r.outputs == r.output_tokens for r in requests)
@@ -72,18 +73,18 @@ def test_every_request_finishes_with_its_length_and_blocks_are_conserved(
 
 
 def test_one_request_takes_a_prefill_step_and_a_step_for_each_further_token() -> None:
-    engine = Engine(EngineLimits(num_blocks=100, block_size=4))
+    engine = VLLMEngine(EngineLimits(num_blocks=100, block_size=4))
     assert len(run_to_end(engine, [Request(0, 10, 5)], [0])) == 5
 
 
 def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
-    engine = Engine(EngineLimits(num_blocks=100, block_size=4, max_num_batched_tokens=4))
+    engine = VLLMEngine(EngineLimits(num_blocks=100, block_size=4, max_num_batched_tokens=4))
     assert len(run_to_end(engine, [Request(0, 10, 5)], [0])) == 3 + 4
     assert engine.steps_with_output == 5
 
 
 def test_the_newest_running_request_is_preempted_and_resumes_with_its_outputs() -> None:
-    engine = Engine(EngineLimits(num_blocks=4, block_size=4))
+    engine = VLLMEngine(EngineLimits(num_blocks=4, block_size=4))
     old, new = Request(0, 7, 8), Request(1, 7, 8)
     run_to_end(engine, [old, new], [0, 1])
     assert (old.preemptions, new.preemptions) == (0, 1)
@@ -91,7 +92,7 @@ def test_the_newest_running_request_is_preempted_and_resumes_with_its_outputs() 
 
 
 def test_nothing_is_admitted_in_a_step_that_preempted() -> None:
-    engine = Engine(EngineLimits(num_blocks=4, block_size=4))
+    engine = VLLMEngine(EngineLimits(num_blocks=4, block_size=4))
     first, second, tiny = Request(0, 7, 8), Request(1, 7, 8), Request(2, 1, 1)
     for request in (first, second):
         engine.submit(request)
@@ -109,7 +110,7 @@ def test_nothing_is_admitted_in_a_step_that_preempted() -> None:
 def test_asynchronous_scheduling_holds_blocks_one_step_longer() -> None:
     def used(asynchronous: bool) -> list[int]:
         bounds = EngineLimits(num_blocks=10, block_size=4, async_scheduling=asynchronous)
-        engine = Engine(bounds)
+        engine = VLLMEngine(bounds)
         one, other = Request(0, 4, 2), Request(1, 4, 6)
         engine.submit(one)
         engine.submit(other)
@@ -126,7 +127,7 @@ def test_asynchronous_scheduling_holds_blocks_one_step_longer() -> None:
 
 def test_watermark_keeps_blocks_free_only_beside_running_requests() -> None:
     bounds = EngineLimits(num_blocks=10, block_size=1, watermark=0.5)
-    engine = Engine(bounds)
+    engine = VLLMEngine(bounds)
     big, small = Request(0, 4, 1), Request(1, 2, 1)
     engine.submit(big)
     engine.submit(small)
@@ -138,11 +139,11 @@ def test_watermark_keeps_blocks_free_only_beside_running_requests() -> None:
 @pytest.mark.parametrize("bad", [(0, 1), (1, 0), (30, 30)])
 def test_a_request_that_can_never_run_is_refused(bad: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"at least one|do not fit"):
-        Engine(EngineLimits(num_blocks=10, block_size=4)).submit(Request(0, *bad))
+        VLLMEngine(EngineLimits(num_blocks=10, block_size=4)).submit(Request(0, *bad))
 
 
 def test_abort_frees_what_a_request_held() -> None:
-    engine = Engine(EngineLimits(num_blocks=10, block_size=4))
+    engine = VLLMEngine(EngineLimits(num_blocks=10, block_size=4))
     request = Request(0, 8, 8)
     engine.submit(request)
     step = engine.start()

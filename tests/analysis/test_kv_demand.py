@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import kv_demand
-from analysis.engine import Engine, EngineLimits, Request
+from analysis.engine import EngineLimits, Request
+from analysis.vllm import VLLMEngine
 
 
 def paper_footprints(s: int, o: int, chunk: int) -> list[int]:
@@ -111,7 +112,7 @@ def test_the_engine_holds_what_the_closed_form_says(
         long_prefill_token_threshold=chunk,
         async_scheduling=async_scheduling,
     )
-    engine = Engine(limits)
+    engine = VLLMEngine(limits)
     # A second request keeps the engine stepping, so that an asynchronous one is never idle.
     engine.submit(Request(0, 1, 2000))
     for _ in range(3):
