@@ -28,6 +28,7 @@ ERROR_CHARACTERS = 300
 CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 USAGE = b'"completion_tokens"'
 DONE = b"[DONE]"
+ERROR = b'"error"'
 
 
 def open_session(
@@ -163,7 +164,7 @@ class TokenStream:
             self.last_token_ns = now_ns
             self.content_events += events
             self.content = data
-        elif DONE not in data:
+        elif ERROR in data or DONE not in data:
             self.other = data
         if USAGE in data:
             self.usage = data

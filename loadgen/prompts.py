@@ -60,34 +60,62 @@ def completion_body(
     output_tokens: int,
     max_tokens: int,
     temperature: float = 0.0,
+    *,
+    ignore_eos: bool = True,
+    stop_id: int = FIRST_ORDINARY_ID,
 ) -> bytes:
     """JSON body of one streaming ``/v1/completions`` request that yields exactly ``output_tokens``.
 
-    ``ignore_eos`` keeps the model from ending early, ``min_tokens`` also keeps stop ids of the
-    server's own generation config from doing so, ``max_tokens`` ends the output. The usage in every
-    chunk tells how far a request had come that was stopped at the horizon. The temperature is 0
-    because greedy sampling costs the engine least and has no randomness of its own: the ids do not
-    matter, only how many there are.
+    **Declared as designed** (``max_tokens`` = o): ``max_tokens`` o ends the output, ``min_tokens`` o
+    keeps end-of-text and other stop ids from ending it before, also where ``ignore_eos`` is false.
+    The finish reason is ``length``.
 
-    Raises ValueError when the declared ``max_tokens`` exceeds the output length: a server cannot be
-    told to stop before the limit it was given, so such a workload can be simulated but not yet
-    driven.
+    **Declared more** (``max_tokens`` > o): ``min_tokens`` o - 1, ``stop_token_ids`` [X] and
+    ``logit_bias`` {X: 100} with X = ``stop_id``. While fewer than ``min_tokens`` ids are out, the
+    server gives every stop id the logit -inf, which no finite bias lifts; after them the bias makes X
+    the likeliest id, and X is a stop id. A server, real or mock, therefore ends the request with id
+    number ``min_tokens`` + 1 = o, X itself, which counts as output; the finish reason is ``stop``,
+    and no scheduler could foresee it. (An end-of-text that comes first at o ends it there as well.)
+    X may be any id of the vocabulary, also one that prompts contain: stop ids are looked for in the
+    output alone. Take the largest id that prompts are drawn from; one beyond them might lie beyond the
+    model's vocabulary, which both engines refuse.
+
+    Read in the sources of vLLM 0.32.0 (v1/sample/logits_processor/builtin.py: minimum first, then
+    bias; worker/gpu/sample/logit_bias.py: bias first, then minimum, to the same effect, as -inf stays;
+    v1/core/sched/utils.py: a stop id counts whatever ``ignore_eos`` says; engine/detokenizer.py: it is
+    part of the output) and of SGLang 0.5.23 (sampling/sampling_batch_info.py: minimum first, then bias;
+    managers/schedule_batch.py: **``ignore_eos`` switches stop ids off too**). Hence a request that
+    declares more cannot ask for ``ignore_eos``. Not for SGLang under retraction: there a retracted
+    request counts ``min_new_tokens`` anew from its second prefill, so that one retracted after k
+    outputs ends at o + k or ``max_tokens``. vLLM keeps the count over a preemption.
+
+    The usage in every chunk tells how far a request had come that was stopped at the horizon. The
+    temperature is 0 because greedy sampling costs the engine least and has no randomness of its own:
+    the ids do not matter, only how many there are.
+
+    Raises ValueError for an output below 1, a declaration below the output, or one above it together
+    with ``ignore_eos``.
     """
-    if max_tokens != output_tokens:
-        raise ValueError(
-            f"declared max_tokens {max_tokens} differs from the designed output of {output_tokens} "
-            "tokens: a live server stops exactly only at its limit, so declare the designed length"
-        )
     if output_tokens < 1:
         raise ValueError(f"a completion needs at least one output token, not {output_tokens}")
+    if max_tokens < output_tokens:
+        raise ValueError(f"max_tokens {max_tokens} is below the output of {output_tokens} tokens")
+    declares_more = max_tokens > output_tokens
+    if declares_more and ignore_eos:
+        raise ValueError(
+            f"max_tokens {max_tokens} exceeds the output of {output_tokens} tokens, but a request "
+            "with ignore_eos runs to its max_tokens: declare the output length or drop ignore_eos"
+        )
     body = {
         "model": model,
         "prompt": prompt_ids.tolist(),
         "max_tokens": max_tokens,
-        "min_tokens": output_tokens,
-        "ignore_eos": True,
+        "min_tokens": output_tokens - 1 if declares_more else output_tokens,
+        "ignore_eos": ignore_eos,
         "temperature": temperature,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
+    if declares_more:
+        body |= {"stop_token_ids": [stop_id], "logit_bias": {str(stop_id): 100}}
     return json.dumps(body, separators=(",", ":")).encode()

@@ -58,8 +58,64 @@ def test_body_asks_for_exactly_the_output():
     }
 
 
-def test_an_output_below_the_declared_limit_is_refused():
-    with pytest.raises(ValueError, match="stops exactly only at its limit"):
-        completion_body("m", np.array([1, 2], dtype=np.int32), 10, 20)
-    with pytest.raises(ValueError, match="at least one output token"):
-        completion_body("m", np.array([1, 2], dtype=np.int32), 0, 0)
+IDS = np.array([5, 6], dtype=np.int32)
+
+
+def test_without_ignore_eos_a_minimum_keeps_end_of_text_away():
+    body = json.loads(completion_body("m", IDS, 12, 12, ignore_eos=False))
+    assert (body["min_tokens"], body["max_tokens"], body["ignore_eos"]) == (12, 12, False)
+    assert not body.keys() & {"stop_token_ids", "logit_bias"}
+
+
+@pytest.mark.parametrize(("output", "declared"), [(12, 13), (12, 400), (1, 2)])
+def test_more_is_declared_and_a_stop_id_ends_the_output_in_time(output, declared):
+    body = json.loads(completion_body("m", IDS, output, declared, ignore_eos=False, stop_id=899))
+    assert (body["max_tokens"], body["ignore_eos"]) == (declared, False)
+    assert body["stop_token_ids"] == [899]
+    assert body["logit_bias"] == {"899": 100}
+    assert generated(body, likes=lambda out: 7) == (output, "stop")
+    # Even a model that wants to end at once, or to say the stop id, has to wait.
+    assert generated(body, likes=lambda out: EOS) == (output, "stop")
+    assert generated(body, likes=lambda out: 899) == (output, "stop")
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_declared_output_is_reached_whatever_the_model_likes(ignore_eos):
+    body = json.loads(completion_body("m", IDS, 12, 12, ignore_eos=ignore_eos))
+    assert generated(body, likes=lambda out: EOS) == (12, "length")
+
+
+EOS = 2
+
+
+def generated(body, likes):
+    """Output length and finish reason by the engines' rules: masks, bias, then stop ids or length.
+
+    ``likes(out)`` is the id to which a model gives logit 30, all others have 0.
+    """
+    out, stops = [], set(body.get("stop_token_ids", []))
+    while True:
+        logits = np.zeros(1000)
+        logits[likes(out)] = 30.0
+        if len(out) < body["min_tokens"]:
+            logits[[EOS, *stops]] = -np.inf
+        for token, bias in body.get("logit_bias", {}).items():
+            logits[int(token)] += bias
+        out.append(int(logits.argmax()))
+        if not body["ignore_eos"] and out[-1] in stops | {EOS}:
+            return len(out), "stop"
+        if len(out) >= body["max_tokens"]:
+            return len(out), "length"
+
+
+@pytest.mark.parametrize(
+    ("output", "declared", "ignore_eos", "message"),
+    [
+        (10, 20, True, "declare the output length or drop ignore_eos"),
+        (10, 9, False, "below the output of 10 tokens"),
+        (0, 0, True, "at least one output token"),
+    ],
+)
+def test_impossible_outputs_are_refused(output, declared, ignore_eos, message):
+    with pytest.raises(ValueError, match=message):
+        completion_body("m", IDS, output, declared, ignore_eos=ignore_eos)

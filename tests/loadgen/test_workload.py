@@ -1,10 +1,8 @@
-"""Length laws: their moments, their draws, and the trace formats they are read from."""
+"""Length laws: their moments and errors, their draws, what clipping, parts and declarations do."""
 
 from __future__ import annotations
 
-import gzip
-import os
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,22 +11,12 @@ from hypothesis import strategies as st
 
 from loadgen import workload as wl
 
-TRACES = Path(
-    os.environ.get("CRITRATE_TRACES", Path(__file__).resolve().parents[2].parent / "shared/traces")
-)
-
-
-def trace(name: str) -> Path:
-    path = TRACES / "lengths" / name
-    if not path.exists():
-        pytest.skip(f"no {path}: set CRITRATE_TRACES to the folder with the traces")
-    return path
-
 
 def test_fixed_lengths() -> None:
     law = wl.fixed(512, 128)
     assert law.exact and law.mean(law.prompt_tokens) == 512 and law.mean(law.output_tokens) == 128
-    assert wl.fixed(5, 3, 10).max_tokens.tolist() == [10]
+    assert law.ignore_eos and not law.declares_more
+    assert law.decode_demand().tolist() == [512 * 128 + 128 * 129 / 2]
 
 
 def test_uniform_is_the_exact_product_law() -> None:
@@ -58,6 +46,29 @@ def test_clipping_reports_what_it_cut() -> None:
     assert whole is law and nothing == 0.0
 
 
+def test_the_notes_of_a_clipped_law_say_what_was_cut() -> None:
+    lengths = wl.pairs([2, 9, 1], [1, 1, 1], name="seen", source="here", count=[4, 4, 2])
+    law, cut = wl.clipped(lengths, 3)
+    assert cut == pytest.approx(0.4)
+    # Demands of 3, 10 and 2 token-steps: the mean falls from 5.6 to 16/6.
+    means = [w.mean(w.decode_demand()) for w in (lengths, law)]
+    assert means == pytest.approx([5.6, 16 / 6])
+    assert law.notes == (
+        "seen: at most 3 tokens in total: 40 % of the requests cut; mean KV demand changes by -52.4 %",
+    )
+    assert lengths.notes == ()
+    assert wl.mixture([(0.5, law), (0.5, law)]).notes == law.notes
+
+
+def test_clipping_lowers_declarations_and_says_so() -> None:
+    law, cut = wl.clipped(wl.declared(wl.uniform((1, 4), (2, 2)), extra=4), 8)
+    assert cut == 0.0
+    assert law.max_tokens.tolist() == [6, 6, 5, 4]
+    assert law.notes[0].endswith(
+        "at most 8 tokens in total: 50 % of the requests declare less, to fit"
+    )
+
+
 @given(st.integers(2, 40), st.integers(0, 2**32))
 def test_clipping_keeps_the_ratio_of_weights(limit: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -84,6 +95,104 @@ def test_draws_repeat_with_the_seed_and_follow_the_law() -> None:
     assert abs(ones - 0.9) < 4 * np.sqrt(0.09 / 10_000)
 
 
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"max_tokens": 7}, [7, 7, 7]),
+        ({"factor": 1.5}, [3, 5, 8]),
+        ({"extra": 2}, [4, 5, 7]),
+        ({"extra": 0}, [2, 3, 5]),
+    ],
+)
+def test_declared_lengths(how: dict[str, float], expected: list[int]) -> None:
+    law = wl.declared(wl.uniform((1, 1), (2, 5)), **how)  # type: ignore[arg-type]
+    assert law.max_tokens[[0, 1, 3]].tolist() == expected
+    more = how != {"extra": 0}
+    assert (law.declares_more, law.ignore_eos) == (more, not more)
+    assert ("declare" in law.name) == more
+    draws = law.sample(np.random.default_rng(1), 50)
+    assert {tuple(row[1:]) for row in draws.tolist()} <= set(
+        zip(law.output_tokens.tolist(), law.max_tokens.tolist(), strict=True)
+    )
+
+
+def test_declarations_survive_clipping_and_mixing() -> None:
+    more = wl.declared(wl.uniform((1, 9), (1, 9)), factor=2)
+    clipped, _ = wl.clipped(more, 12)
+    mixed = wl.mixture([(0.5, clipped), (0.5, more)])
+    assert not clipped.ignore_eos and not mixed.ignore_eos and mixed.declares_more
+    with pytest.raises(ValueError, match="set ignore_eos to false in every part"):
+        wl.mixture([(0.5, more), (0.5, wl.fixed(1, 1))])
+
+
+def test_parts_are_disjoint_and_complete() -> None:
+    law = wl.pairs(np.arange(1, 102), np.ones(101), name="seen", source="here")
+    one, other = (wl.part(law, 0.8, 3, side) for side in ("estimate", "test"))
+    assert (len(one.weight), len(other.weight)) == (81, 20)
+    both = np.concatenate([one.prompt_tokens, other.prompt_tokens])
+    assert np.array_equal(np.sort(both), law.prompt_tokens)
+    assert np.array_equal(one.prompt_tokens, wl.part(law, 0.8, 3, "estimate").prompt_tokens)
+    assert not np.array_equal(one.prompt_tokens, wl.part(law, 0.8, 4, "estimate").prompt_tokens)
+    assert one.notes == ("seen: the 81 of 101 requests to estimate, drawn with seed 3",)
+    with pytest.raises(ValueError, match="only a law of single observed requests"):
+        wl.part(wl.fixed(1, 1), 0.8, 1, "test")
+    with pytest.raises(ValueError, match="leaves one side empty"):
+        wl.part(law, 0.999, 1, "test")
+
+
+def observed(rng: np.random.Generator, count: int) -> wl.Workload:
+    """Requests whose demand is about as spread out as that of the Azure chats (CV 1.1)."""
+    prompt = 1 + rng.lognormal(6.5, 0.8, count).astype(int)
+    output = 1 + rng.lognormal(5, 0.6, count).astype(int)
+    return wl.pairs(prompt, output, name="seen", source="here")
+
+
+def test_a_law_from_80_percent_covers_the_other_20_at_the_stated_rate() -> None:
+    """Error rate over 1 000 random splits; with the right error 0.90 +- 0.028 (3 sd) of them agree."""
+    law = observed(np.random.default_rng(5), 2000)
+    scores = []
+    for seed in range(1000):
+        one, other = (wl.part(law, 0.8, seed, side) for side in ("estimate", "test"))
+        demands = one.decode_demand(), other.decode_demand()
+        error = np.hypot(one.standard_error(demands[0]), other.standard_error(demands[1]))
+        scores.append((one.mean(demands[0]) - other.mean(demands[1])) / error)
+    assert np.mean(np.abs(scores) < 1.645) == pytest.approx(0.90, abs=0.028)
+    assert np.std(scores) == pytest.approx(1.0, abs=0.07)
+
+
+def test_the_interval_of_an_observed_mean_covers_the_true_one() -> None:
+    """1 000 samples of 1 000 requests; a skewed demand costs an exact 90 % interval about 1 %."""
+    whole = observed(np.random.default_rng(8), 400_000)
+    truth = whole.mean(whole.decode_demand())
+    covered = 0
+    for seed in range(1000):
+        law = observed(np.random.default_rng([9, seed]), 1000)
+        demand = law.decode_demand()
+        covered += abs(law.mean(demand) - truth) < 1.645 * law.standard_error(demand)
+    assert 0.865 < covered / 1000 < 0.925
+
+
+def test_the_standard_error_of_a_mixture_is_never_too_small() -> None:
+    """A tenth of the requests is observed, with nearly all of the scatter; the rest is stated."""
+    means, errors = [], []
+    for seed in range(400):
+        seen = observed(np.random.default_rng([4, seed]), 200)
+        law = wl.mixture([(0.1, seen), (0.9, wl.fixed(10, 10))])
+        means.append(law.mean(law.decode_demand()))
+        errors.append(law.standard_error(law.decode_demand()))
+    assert np.std(means) < 1.05 * np.mean(errors)
+    assert np.std(means) > 0.5 * np.mean(errors)
+
+
+def test_counts_stand_for_single_requests() -> None:
+    values = np.random.default_rng(1).integers(1, 9, 400)
+    single = wl.pairs(values, values, name="seen", source="here")
+    distinct, count = np.unique(values, return_counts=True)
+    counted = wl.pairs(distinct, distinct, name="seen", source="here", count=count)
+    assert counted.mean(distinct) == pytest.approx(single.mean(values))
+    assert counted.standard_error(distinct) == pytest.approx(single.standard_error(values))
+
+
 def test_the_standard_error_of_an_observed_law_is_that_of_a_mean() -> None:
     values = np.random.default_rng(1).integers(1, 1000, 400)
     law = wl.pairs(values, values, name="seen", source="here")
@@ -98,60 +207,14 @@ def test_the_standard_error_of_an_observed_law_is_that_of_a_mean() -> None:
         (lambda: wl.uniform((1, 100_000), (1, 100_000)), "narrow a range"),
         (lambda: wl.mixture([(0.5, wl.fixed(1, 1))]), "sum to 1"),
         (lambda: wl.fixed(0, 5), "at least one token"),
-        (lambda: wl.fixed(5, 5, 4), "max_tokens"),
+        (lambda: wl.fixed(5, 5, 4), "below the longest output of 5"),
+        (lambda: wl.declared(wl.fixed(5, 5), factor=0.5), "less than the output"),
+        (lambda: wl.declared(wl.fixed(5, 5), extra=-1), "less than the output"),
+        (lambda: wl.declared(wl.fixed(5, 5), extra=1, factor=2), "exactly one of"),
+        (lambda: replace(wl.fixed(5, 5, 9), ignore_eos=True), "run to their max_tokens"),
         (lambda: wl.pairs([1, 2], [1], name="seen", source="here"), "one length"),
     ],
 )
 def test_laws_that_cannot_be(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize(
-    ("read", "name", "count", "prompt", "output", "demand"),
-    [
-        (wl.read_azure, "azure_2023_conv.csv.gz", 19_366, 1154.7, 211.1, 259e3),
-        (wl.read_azure, "azure_2023_code.csv.gz", 8_819, 2047.8, 27.9, 59e3),
-        (wl.read_mooncake, "mooncake_fast25_conversation.jsonl.gz", 12_031, 12_035, 342.6, 4497e3),
-        (wl.read_vidur, "vidur_arxiv_summarization_llama2.csv.gz", 28_257, 2588, 291.4, 705e3),
-        (wl.read_sharegpt, "sharegpt_gpt4_qwen3_32b_300.csv.gz", 300, 862.3, 665.0, 812e3),
-    ],
-)
-def test_public_traces(read, name, count, prompt, output, demand) -> None:  # type: ignore[no-untyped-def]
-    law = read(trace(name))
-    s, o = law.prompt_tokens, law.output_tokens
-    assert len(s) == count and not law.exact and law.source == name
-    assert law.mean(s) == pytest.approx(prompt, rel=1e-3)
-    assert law.mean(o) == pytest.approx(output, rel=1e-3)
-    assert law.mean(s * o + o * (o + 1) // 2) == pytest.approx(demand, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("read", "text", "message"),
-    [
-        (wl.read_azure, "TIMESTAMP,ContextTokens\n1,2\n", "line 1: no column 'GeneratedTokens'"),
-        (wl.read_sharegpt, "prompt_tokens,output_tokens\n5,6\n5,0\n", "line 3: a length must be"),
-        (wl.read_sharegpt, "prompt_tokens,output_tokens\n5\n", "line 2: a length must be"),
-        (wl.read_vidur, "num_prefill_tokens,num_decode_tokens\n", "no requests"),
-        (wl.read_mooncake, '{"input_length": 5, "output_length": 5}\n{"a": 1}\n', "line 2: not a"),
-        (wl.read_mooncake, "5\n", "line 1: not a"),
-    ],
-)
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_damaged_trace_is_named_by_file_and_line(  # type: ignore[no-untyped-def]
-    tmp_path: Path, read, text: str, message: str, packed: bool
-) -> None:
-    path = tmp_path / ("trace.csv.gz" if packed else "trace.csv")
-    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-    with pytest.raises(ValueError, match=message) as error:
-        read(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_trace_that_is_absent_or_not_packed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read as a trace"):
-        wl.read_azure(tmp_path / "absent.csv")
-    broken = tmp_path / "broken.csv.gz"
-    broken.write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match="cannot be read as a trace"):
-        wl.read_azure(broken)
