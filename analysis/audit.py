@@ -9,11 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
-from analysis.frames import RunFrames, departures_s, number_in_system, tokens_received
+from analysis.frames import (
+    RunFrames,
+    departures_s,
+    number_in_system,
+    started,
+    tokens_received,
+)
 from analysis.growth import Backlog, batch_edges, batch_mean
 from analysis.verdict import Check
 
@@ -52,6 +59,10 @@ class Saturation:
     step_halves_s: tuple[float, float]
     """Mean step of the first and of the second half of the window."""
     preemptions_per_request: float
+    set_aside: float
+    """Mean share of the pool set aside for outputs to come; 0 for an engine that sets none aside."""
+    steps_per_decode: float
+    """Steps from one token of a request to its next: above 1 where prompts have steps of their own."""
 
 
 def counter_at(frames: RunFrames, column: str, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -80,7 +91,9 @@ def step_time(frames: RunFrames, start_s: float, end_s: float) -> Estimate | Non
     return Estimate(value, value - half, value + half, cadence.level, "s", method)
 
 
-def saturation(frames: RunFrames, window: Backlog, limits: EngineLimits) -> Saturation | None:
+def saturation(
+    frames: RunFrames, window: Backlog, limits: EngineLimits, ignore_eos: bool = True
+) -> Saturation | None:
     """Occupancy and cadence under backlog; None when the engine hardly stepped.
 
     The gauge of KV usage is read after a step's finished requests have returned their blocks: these,
@@ -115,18 +128,58 @@ def saturation(frames: RunFrames, window: Backlog, limits: EngineLimits) -> Satu
             float((edges[2] - edges[1]) / steps[1]),
         ),
         preemptions_per_request=float(preempted / max(finished, 1.0)),
+        set_aside=set_aside(frames, window, limits, ignore_eos),
+        steps_per_decode=_token_gap_s(done, window) / mean_step.value if limits.sglang else 1.0,
     )
+
+
+def set_aside(frames: RunFrames, window: Backlog, limits: EngineLimits, ignore_eos: bool) -> float:
+    """Mean share of the pool that an engine sets aside for outputs to come, under backlog.
+
+    By the rule that it states (`analysis.sglang`), for the requests that the client saw running: what
+    each declared and has not yet received, times the ratio that the engine shows (1 for requests
+    that ignore the end of text, from the version on that sets their whole output aside).
+    """
+    rules = limits.sglang
+    if rules is None:
+        return 0.0
+    at_s = np.linspace(window.start_s, window.end_s, 100)
+    begun = started(frames)
+    first, last, declared = (
+        begun[column].to_numpy(dtype=float)[:, None]
+        for column in ("first_token_s", "last_token_s", "max_tokens")
+    )
+    to_come = np.clip(declared - tokens_received(frames, at_s), 0, rules.clip_max_new_tokens)
+    ended = (begun["outcome"] == "completed").to_numpy()[:, None] & (at_s[None, :] >= last)
+    running = (at_s[None, :] >= first) & ~ended
+    tokens = np.where(running, to_come, 0.0).sum(axis=0)
+    if not (ignore_eos and rules.whole_output_of_ignore_eos):
+        tokens = tokens * counter_at(frames, "new_token_ratio", at_s)
+    return float(tokens.mean()) / limits.pool_tokens
+
+
+def _token_gap_s(done: pd.DataFrame, window: Backlog) -> float:
+    """Mean seconds from one token to the next, of the requests that ended in the window."""
+    inside = done[
+        (done["first_token_s"] >= window.start_s) & (done["last_token_s"] <= window.end_s)
+    ]
+    gaps = (inside["output_tokens"] - 1).sum()
+    return float((inside["last_token_s"] - inside["first_token_s"]).sum() / max(gaps, 1))
 
 
 def binding_resource(saturated: Saturation, limits: EngineLimits) -> str:
     """Which ceiling refused requests under backlog, from occupancy and limits.
 
-    The KV cache binds when it is full. Otherwise `max_num_seqs` binds when the number running stays at
-    the limit (at its maximum, where no limit is known), and the token budget when steps are as full as
-    it allows. "unknown" when none of them explains the queue: a front end, or a limit nobody named.
+    The KV cache binds when it is full, with tokens (``kv_cache``) or with tokens and room that the
+    engine sets aside for outputs to come (``output_reservation``). Otherwise `max_num_seqs` binds when
+    the number running stays at the limit (at its maximum, where no limit is known), and the token
+    budget when steps are as full as it allows. "unknown" when none of them explains the queue: a
+    front end, or a limit nobody named.
     """
     if saturated.kv_usage >= KV_BOUND_USAGE:
         return "kv_cache"
+    if saturated.set_aside > 0 and saturated.kv_usage + saturated.set_aside >= KV_BOUND_USAGE:
+        return "output_reservation"
     limit, budget = limits.max_num_seqs, limits.max_num_batched_tokens
     if limit is None and saturated.running_pinned:
         return "max_num_seqs"

@@ -19,23 +19,18 @@ from numpy.typing import NDArray
 
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
-from analysis.operating_point import (
-    Demand,
-    Operation,
-    ceiling,
-    ceilings,
-    engine_demand,
-    model_error,
-    operate,
-    paper_demand,
-)
+from analysis.operating_point import Demand, Operation, paper_point, vllm_point
 from analysis.prediction import Ceiling, CeilingName, Claim, Grade, Prediction, digest
+from analysis.reservation import sglang_point
 from analysis.step_time import StepTimeFit
 from loadgen.workload import Workload
 
 __all__ = ["Ceiling", "Prediction", "digest", "mixture_rate", "predict"]
 
 Floats = NDArray[np.float64]
+
+VLLM_CEILINGS: tuple[CeilingName, ...] = ("kv_cache", "max_num_seqs", "max_num_batched_tokens")
+SGLANG_CEILINGS: tuple[CeilingName, ...] = ("kv_cache", "output_reservation", "max_num_seqs")
 
 ONSET_QUANTILE = 1.645
 """Normal quantile of 5 %: the share of time for which memory is short at the onset."""
@@ -53,10 +48,11 @@ def predict(
     """The critical arrival rate of ``replicas`` engines that share the arrivals evenly.
 
     ``paper``: M/(b E[g]) with the paper's g and only the KV cache as a ceiling (theory.md 2.2);
-    ``b`` is the step time at full memory. ``engine``: whole blocks, three ceilings, unusable room
-    and recomputed tokens. ``chunk`` is the prefill chunk in tokens; by default what a step can take
-    of one prompt (``paper``: the token budget). The interval (95 %) holds the errors of the
-    step-time law, of the sampled lengths and, for ``engine``, of the closed form.
+    ``b`` is the step time at full memory. ``engine``: whole blocks, the ceilings of the engine,
+    unusable room, and recomputed tokens or room set aside for outputs. ``chunk`` is the prefill
+    chunk in tokens; by default what a step can take of one prompt (``paper``: the token budget).
+    The interval (95 %) holds the errors of the step-time law, of the sampled lengths and, for
+    ``engine``, of the closed form.
 
     Raises ValueError when a request can never fit, or when ``paper`` lacks a chunk.
     """
@@ -65,28 +61,28 @@ def predict(
     if replicas < 1:
         raise ValueError(f"replicas must be at least 1, got {replicas}")
     largest = _largest_request(workload, limits)
-    supply: dict[CeilingName, Estimate]
-    if claim == "paper":
-        demand, notes = paper_demand(workload, limits, chunk), []
-        supply = {"kv_cache": ceiling(workload, limits.pool_tokens, demand.kv)}
-        operation = Operation(supply["kv_cache"].value, 1.0, 0.0)
-        error_of_model = 0.0
-    else:
-        demand, notes = engine_demand(workload, limits, chunk), _engine_notes(limits)
-        supply = ceilings(workload, limits, demand)
-        operation = operate(workload, limits, demand)
-        error_of_model = model_error(workload, supply)
+    point = (
+        paper_point(workload, limits, chunk)
+        if claim == "paper"
+        else sglang_point(workload, limits, chunk)
+        if limits.sglang is not None
+        else vllm_point(workload, limits, chunk)
+    )
+    demand, supply, operation = point.demand, point.supply, point.operation
     binding = min(supply, key=lambda name: supply[name].value)
     x = operation.requests_per_step
     seconds, error = _seconds_per_request(workload, step_time, demand, operation, binding)
     rate = Estimate.log_normal(
         replicas / seconds,
-        float(np.hypot(error / seconds, error_of_model)),
+        float(np.hypot(error / seconds, point.model_error)),
         "req/s",
         f"closed form, claim {claim}; step time: {step_time.method}",
     )
     delta = largest / limits.pool_tokens
-    names: tuple[CeilingName, ...] = get_args(CeilingName)
+    names: tuple[CeilingName, ...] = tuple(supply)
+    if claim == "engine":
+        names = SGLANG_CEILINGS if limits.sglang is not None else VLLM_CEILINGS
+    longest = float(demand.slots.max())
     return Prediction(
         claim=claim,
         grade=grade,
@@ -94,22 +90,22 @@ def predict(
         lower=rate.value * (1 - delta),
         delta=delta,
         binding=binding,
-        ceilings=tuple(
-            Ceiling(name=name, requests_per_step=supply.get(name))
-            for name in (names if claim == "engine" else names[:1])
-        ),
+        ceilings=tuple(Ceiling(name=name, requests_per_step=supply.get(name)) for name in names),
         kv_demand=_mean(workload, demand.kv, "token-steps", f"E[g], claim {claim}"),
         step_time_s=Estimate.log_normal(
             x * seconds, error / seconds, "s", "step-time law at the operating point"
         ),
         running=x * workload.mean(demand.slots),
+        mean_residence_s=x * seconds * workload.mean(demand.slots),
+        longest_residence_s=x * seconds * longest,
+        settling_s=x * seconds * point.settling_steps,
         recomputed_tokens=operation.recomputed_tokens,
         under_fill=x / supply[binding].value,
         onset_rate=_onset(workload, limits, step_time, demand, x, replicas),
         replicas=replicas,
         workload=workload.name,
         inputs_digest=_inputs_digest(workload, limits, step_time),
-        notes=tuple(notes),
+        notes=point.notes,
     )
 
 
@@ -160,7 +156,7 @@ def _seconds_per_request(
         raise ValueError("the step-time law gives a step of no duration: calibrate it again")
     if workload.exact:
         return value, error
-    crowded = demand.tokens if binding == "max_num_batched_tokens" else demand.kv
+    crowded = demand.tokens if binding == "max_num_batched_tokens" else demand.crowded
     share = operation.memory_share
     steps = share * crowded / workload.mean(crowded)
     steps = (steps + (1 - share) * demand.slots / workload.mean(demand.slots)) / x
@@ -178,7 +174,7 @@ def _onset(
     replicas: int,
 ) -> Estimate | None:
     """Rate at which an unbounded cache holds more than M for 5 % of the time (theory.md 2.7)."""
-    mean = workload.mean(demand.kv)
+    mean = workload.mean(demand.crowded)
     spread = ONSET_QUANTILE * np.sqrt(workload.mean(demand.square))
     root = (np.sqrt(spread**2 + 4 * mean * limits.pool_tokens) - spread) / (2 * mean)
     x = float(root) ** 2
@@ -186,19 +182,8 @@ def _onset(
         return None
     means = (workload.mean(d) for d in (demand.tokens, demand.resident, demand.steps))
     value, error = step_time.combination([1 / x, *means])
-    relative = float(np.hypot(error / value, workload.standard_error(demand.kv) / mean))
+    relative = float(np.hypot(error / value, workload.standard_error(demand.crowded) / mean))
     return Estimate.log_normal(replicas / value, relative, "req/s", "normal occupancy, z = 1.645")
-
-
-def _engine_notes(limits: EngineLimits) -> list[str]:
-    notes = []
-    if limits.max_num_seqs is None:
-        notes.append("max_num_seqs is unknown and was taken as not binding")
-    if limits.max_num_batched_tokens is None:
-        notes.append("max_num_batched_tokens is unknown and was taken as not binding")
-    if limits.watermark > 0:
-        notes.append(f"a watermark of {limits.watermark:g} of the blocks is not modelled")
-    return notes
 
 
 def _mean(workload: Workload, values: Floats, unit: str, method: str) -> Estimate:

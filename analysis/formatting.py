@@ -144,6 +144,7 @@ def words(identifier: str) -> str:
     """An identifier of the project in words."""
     return {
         "kv_cache": "the KV cache",
+        "output_reservation": "room set aside for outputs (output reservation)",
         "max_num_seqs": "max_num_seqs",
         "max_num_batched_tokens": "the token budget (max_num_batched_tokens)",
         "premise_violated": "premise violated",

@@ -48,7 +48,8 @@ def identity(
     window = saturated.window
     edges = batch_edges(window.start_s, window.end_s, STEP_BATCHES)
     served = np.diff(work_done(frames, edges)) * rounding
-    per_step = served / np.diff(counter_at(frames, "steps", edges))
+    decode_steps = np.diff(counter_at(frames, "steps", edges)) / saturated.steps_per_decode
+    per_step = served / decode_steps
     occupancy = _occupancy(frames, edges) + saturated.kv_returned
     kept = _kept(frames, saturated, float(served.sum()))
     implied = batch_mean(

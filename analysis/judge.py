@@ -202,16 +202,36 @@ def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[s
         )
         within = inside.low >= 1 - evidence.theta and inside.high <= 1 + evidence.theta
         if within and evidence.engine.binding == binds:
-            return Ruling(
-                "premise_violated",
-                f"{binds} binds before the KV cache",
-                reasons,
-                (f"raise {binds} until the KV cache binds, or test claim: engine",),
-            )
+            return Ruling("premise_violated", *_mechanism(binds, best, reasons))
     side = "faster" if share.value > 1 else "slower"
     causes, advice = _causes(found, best, share, binds)
     headline = f"{100 * (abs(share.value - 1)):.0f} % {side} than predicted"
     return Ruling("refuted", headline, reasons + causes, advice)
+
+
+def _mechanism(
+    binds: str, best: Capacity, reasons: tuple[str, ...]
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Headline, reasons and advice for a premise of the paper that failed."""
+    if binds == "output_reservation":
+        held, aside = best.saturated.kv_usage, best.saturated.set_aside
+        return (
+            "output reservation",
+            (
+                *reasons,
+                f"under backlog {100 * held:.0f} % of the pool was in use and {100 * aside:.0f} % "
+                "set aside for outputs to come",
+            ),
+            (
+                "declare max_tokens as short as the outputs are, send requests that may end early "
+                "(ignore_eos: false), or test claim: engine",
+            ),
+        )
+    return (
+        f"{binds} binds before the KV cache",
+        reasons,
+        (f"raise {binds} until the KV cache binds, or test claim: engine",),
+    )
 
 
 def _causes(

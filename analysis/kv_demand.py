@@ -51,7 +51,7 @@ def kv_demand_blocks(
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     s, o = _ints(s), _ints(o)
     demand = _prefill_blocks(s, chunk, block_size)
-    demand = demand + _rounded_sum(s + o - 1, block_size) - _rounded_sum(s, block_size)
+    demand = demand + rounded_sum(s + o - 1, block_size) - rounded_sum(s, block_size)
     if async_scheduling:
         demand = demand + -(-(s + o - 1) // block_size) * block_size
     return demand
@@ -88,7 +88,7 @@ def second_moment(s: Ints, o: Ints, chunk: int) -> Ints:
     return result
 
 
-def _rounded_sum(n: Ints, block_size: int) -> Ints:
+def rounded_sum(n: Ints, block_size: int) -> Ints:
     """F(n) = sum over i = 1..n of i rounded up to whole blocks (theory.md 1.1)."""
     q, r = np.divmod(n, block_size)
     result: Ints = block_size * (block_size * (q * (q + 1) // 2) + (q + 1) * r)

@@ -20,6 +20,7 @@ request and step, and on balance it moves up by s per completion.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,8 @@ class Demand:
     """Steps in which it is scheduled."""
     slots: Floats
     """Steps for which it occupies a sequence."""
+    crowded: Floats
+    """Token-steps of memory held or set aside: what admission compares with the pool."""
     square: Floats
     """Squared footprint summed over steps."""
 
@@ -81,6 +84,21 @@ class Operation:
     recomputed_tokens: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Point:
+    """What one engine needs and has, and where that lets it work."""
+
+    demand: Demand
+    supply: dict[CeilingName, Estimate]
+    """Requests per step that each resource of known size alone would allow."""
+    operation: Operation
+    model_error: float
+    """Relative standard deviation of the closed form against the scheduler."""
+    notes: tuple[str, ...] = ()
+    settling_steps: int = 0
+    """Steps after an idle time until the scheduler's own memory of it has faded."""
+
+
 # -- demand per request ----------------------------------------------------------------------------
 
 
@@ -93,7 +111,7 @@ def paper_demand(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     kv = kv_demand.kv_demand_paper(s, o, c)
     steps = kv_demand.residence_steps(s, o, c).astype(float)
     square = kv_demand.second_moment(s, o, c).astype(float)
-    return Demand(kv, kv, (s + o - 1).astype(float), steps, steps, square)
+    return Demand(kv, kv, (s + o - 1).astype(float), steps, steps, kv, square)
 
 
 def engine_demand(workload: Workload, limits: EngineLimits, chunk: int | None) -> Demand:
@@ -101,12 +119,14 @@ def engine_demand(workload: Workload, limits: EngineLimits, chunk: int | None) -
     s, o = workload.prompt_tokens, workload.output_tokens
     c = _whole_prompt_chunk(workload, limits) if chunk is None else chunk
     late = limits.async_scheduling
+    kv = kv_demand.kv_demand_blocks(s, o, c, limits.block_size, late).astype(float)
     return Demand(
-        kv=kv_demand.kv_demand_blocks(s, o, c, limits.block_size, late).astype(float),
+        kv=kv,
         resident=kv_demand.kv_demand_engine(s, o, c).astype(float),
         tokens=(s + o - 1).astype(float),
         steps=kv_demand.residence_steps(s, o, c).astype(float),
         slots=kv_demand.residence_steps(s, o, c, late).astype(float),
+        crowded=kv,
         square=kv_demand.second_moment(s, o, c) - (s + o).astype(float) ** 2,
     )
 
@@ -119,6 +139,35 @@ def _whole_prompt_chunk(workload: Workload, limits: EngineLimits) -> int:
 
 
 # -- ceilings and the operating point --------------------------------------------------------------
+
+
+def paper_point(workload: Workload, limits: EngineLimits, chunk: int | None) -> Point:
+    """The paper's: only the KV cache, filled to the last token (theory.md 2.2)."""
+    demand = paper_demand(workload, limits, chunk)
+    supply: dict[CeilingName, Estimate] = {
+        "kv_cache": ceiling(workload, limits.pool_tokens, demand.kv)
+    }
+    return Point(demand, supply, Operation(supply["kv_cache"].value, 1.0, 0.0), 0.0)
+
+
+def vllm_point(workload: Workload, limits: EngineLimits, chunk: int | None) -> Point:
+    """vLLM's: whole blocks, three ceilings, room that cannot be used, recomputed tokens."""
+    demand = engine_demand(workload, limits, chunk)
+    supply = ceilings(workload, limits, demand)
+    notes = []
+    if limits.max_num_seqs is None:
+        notes.append("max_num_seqs is unknown and was taken as not binding")
+    if limits.max_num_batched_tokens is None:
+        notes.append("max_num_batched_tokens is unknown and was taken as not binding")
+    if limits.watermark > 0:
+        notes.append(f"a watermark of {limits.watermark:g} of the blocks is not modelled")
+    return Point(
+        demand,
+        supply,
+        operate(workload, limits, demand),
+        model_error(workload, supply),
+        tuple(notes),
+    )
 
 
 def ceiling(workload: Workload, supply: int, demand: Floats) -> Estimate:
@@ -151,14 +200,10 @@ def operate(workload: Workload, limits: EngineLimits, demand: Demand) -> Operati
     slots = workload.mean(demand.slots)
     if limits.max_num_seqs is not None:
         # With memory full the number running scatters by its footprints; the limit cuts it off.
-        running = by_memory * slots
         footprint = workload.mean(demand.resident) / slots
         cv2 = workload.mean(demand.square) / slots / footprint**2 - 1
-        sd = float(np.sqrt(max(cv2, 1e-12) * running))
-        z = (limits.max_num_seqs - running) / sd
-        share = float(norm.cdf(z))
-        kept = running * share + limits.max_num_seqs * float(norm.sf(z)) - sd * float(norm.pdf(z))
-        x = kept / slots
+        running, share = cut_off(by_memory * slots, cv2, limits.max_num_seqs)
+        x = running / slots
     moved_up = 1.0
     tokens = workload.mean(demand.tokens)
     budget = limits.max_num_batched_tokens
@@ -168,6 +213,18 @@ def operate(workload: Workload, limits: EngineLimits, demand: Demand) -> Operati
     if budget is not None:
         still = min(still, max(1 - x * tokens / budget, 0.0))
     return Operation(x, share, workload.mean(workload.output_tokens) * share * still)
+
+
+def cut_off(running: float, cv2: float, limit: int) -> tuple[float, float]:
+    """Mean of a number running that scatters around ``running`` but never exceeds ``limit``.
+
+    Its variance is cv2 * running, cv2 the squared coefficient of variation of footprints. Also
+    returned: the share of time in which the limit is not what stops admission.
+    """
+    sd = math.sqrt(max(cv2, 1e-12) * running)
+    z = (limit - running) / sd
+    share = float(norm.cdf(z))
+    return running * share + limit * float(norm.sf(z)) - sd * float(norm.pdf(z)), share
 
 
 def _fill_memory(workload: Workload, limits: EngineLimits, demand: Demand) -> float:

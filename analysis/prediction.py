@@ -11,7 +11,7 @@ from analysis.estimate import Estimate
 
 Claim = Literal["paper", "engine"]
 Grade = Literal["P0", "P1", "P2", "P3"]
-CeilingName = Literal["kv_cache", "max_num_seqs", "max_num_batched_tokens"]
+CeilingName = Literal["kv_cache", "output_reservation", "max_num_seqs", "max_num_batched_tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,11 @@ class Prediction:
     """Mean duration of a step at saturation."""
     running: float
     """Mean number of running requests at saturation."""
+    mean_residence_s: float
+    """Mean time from admission to departure at saturation."""
+    longest_residence_s: float
+    settling_s: float
+    """After an idle time the scheduler remembers it for so long."""
     recomputed_tokens: float
     """Tokens per request that are computed again after preemptions, at saturation."""
     under_fill: float

@@ -9,6 +9,9 @@ from analysis.audit import KV_BOUND_USAGE, STEADY_TOLERANCE, Saturation, binding
 from analysis.evidence import Evidence
 from analysis.verdict import Check
 
+RESERVED_SHARE = 0.05
+"""Share of the pool set aside for outputs to come that moves the critical rate by as much."""
+
 
 def premises(
     evidence: Evidence, longest: Saturation | None, saturated: Sequence[Saturation]
@@ -17,25 +20,47 @@ def premises(
 
     ``saturated`` are all backlogged stretches, ``longest`` is the longest of them.
     """
-    checks = [_kv_binds(evidence, longest)]
+    checks = [_kv_binds(evidence, longest), _no_reservation(evidence, longest)]
     if longest is not None:
         checks.append(_steady(saturated))
-    for name, column, meaning in (
-        ("no prefix hits", "prefix_hit_tokens", "prompt tokens served from the prefix cache"),
-        ("no rejections", "rejected", "requests that the server refused"),
-        ("exact lengths", "truncated", "requests that ended before the asked length"),
+    for name, seen, meaning in (
+        ("no prefix hits", _counted(evidence, "prefix_hit_tokens"), "prompt tokens from the cache"),
+        ("no rejections", _counted(evidence, "rejected"), "requests that the server refused"),
+        (
+            "exact lengths",
+            _inexact(evidence),
+            "requests that ended at another than the asked length",
+        ),
     ):
-        seen = sum(
-            float(run.frames.engine[column].iloc[-1] - run.frames.engine[column].iloc[0])
-            for run in evidence.runs
-            if len(run.frames.engine)
-        )
         checks.append(
             Check(
                 name=name, holds=seen == 0, observed=seen, threshold=0, text=f"{seen:.0f} {meaning}"
             )
         )
     return checks
+
+
+def _counted(evidence: Evidence, column: str) -> float:
+    """By how much a counter of the engine rose over all runs."""
+    return sum(
+        float(run.frames.engine[column].iloc[-1] - run.frames.engine[column].iloc[0])
+        for run in evidence.runs
+        if len(run.frames.engine)
+    )
+
+
+def _inexact(evidence: Evidence) -> float:
+    """Requests of another length than asked, by the engine's finish reasons.
+
+    A request that declares more than it uses ends for another reason; then the client counts.
+    """
+    if not evidence.workload.declares_more:
+        return _counted(evidence, "truncated")
+    seen = 0
+    for run in evidence.runs:
+        done = run.frames.requests[run.frames.requests["outcome"] == "completed"]
+        seen += int((done["output_tokens"] != done["output_tokens_designed"]).sum())
+    return float(seen)
 
 
 def _kv_binds(evidence: Evidence, saturated: Saturation | None) -> Check:
@@ -46,11 +71,30 @@ def _kv_binds(evidence: Evidence, saturated: Saturation | None) -> Check:
     binds = binding_resource(saturated, evidence.limits)
     return Check(
         name=name,
-        holds=binds == "kv_cache",
+        holds=binds in ("kv_cache", "output_reservation"),
         observed=saturated.kv_usage,
         threshold=KV_BOUND_USAGE,
         text=f"{binds} binds: under backlog the KV cache was {100 * saturated.kv_usage:.1f} % full "
         f"with {saturated.running:.1f} requests running",
+    )
+
+
+def _no_reservation(evidence: Evidence, saturated: Saturation | None) -> Check:
+    name = "no output reservation"
+    if evidence.limits.sglang is None:
+        text = "the engine sets no room aside for outputs"
+        return Check(name=name, holds=True, observed=0.0, threshold=RESERVED_SHARE, text=text)
+    if saturated is None:
+        text = "no run kept its queue non-empty long enough to see what is set aside"
+        return Check(name=name, holds=None, observed=math.nan, threshold=RESERVED_SHARE, text=text)
+    return Check(
+        name=name,
+        holds=saturated.set_aside <= RESERVED_SHARE,
+        observed=saturated.set_aside,
+        threshold=RESERVED_SHARE,
+        text=f"under backlog {100 * saturated.set_aside:.1f} % of the pool was set aside for "
+        f"outputs to come (allowed {100 * RESERVED_SHARE:.0f} %), beside the "
+        f"{100 * saturated.kv_usage:.1f} % in use",
     )
 
 

@@ -131,12 +131,16 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     ]
 
 
-def step_observation(records: Sequence[RequestRecord]) -> StepObservation:
+def step_observation(
+    records: Sequence[RequestRecord], prefill_chunk: int | None = None
+) -> StepObservation:
     """The decode steps of the longest output (of those, the one that began last).
 
-    Between its first and last token lie exactly o - 1 steps. What the other requests add to those
-    steps follows from the times of their own tokens: a prompt that completes in between adds all its
-    tokens to one step, a request that decodes alongside one token and its context to each.
+    Between its first and last token lie exactly o - 1 steps, and, where prompts are computed in
+    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. What
+    the other requests add to those steps follows from the times of their own tokens: a prompt that
+    completes in between adds all its tokens to one step, a request that decodes alongside one token
+    and its context to each.
     """
     first = np.array([r.first_token_ns for r in records], dtype=float)
     last = np.array([r.last_token_ns for r in records], dtype=float)
@@ -144,13 +148,15 @@ def step_observation(records: Sequence[RequestRecord]) -> StepObservation:
     output = np.array([r.output_tokens for r in records], dtype=float)
     own = int(np.lexsort((first, output))[-1])
     begin, end = first[own], last[own]
-    steps = output[own] - 1
-    step_ns = (end - begin) / steps
+    decode_ns = (end - begin) / (output[own] - 1)
     start, stop = np.maximum(first, begin), np.minimum(last, end)
-    shared = np.maximum(stop - start, 0.0) / step_ns
+    shared = np.maximum(stop - start, 0.0) / decode_ns
     progress = ((start + stop) / 2 - first) / np.maximum(last - first, 1.0) * (output - 1)
     resident = prompt + progress + 0.5
     joined = (first > begin) & (first <= end)
+    steps = output[own] - 1
+    if prefill_chunk is not None:
+        steps += np.ceil(prompt[joined] / prefill_chunk).sum()
     return StepObservation(
         duration_s=(end - begin) / 1e9,
         steps=float(steps),

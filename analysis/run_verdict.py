@@ -120,7 +120,8 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     residence_s = float((done["last_token_s"] - done["first_token_s"]).mean())
     if window is None or not window.duration_s >= MIN_BACKLOG_RESIDENCES * residence_s:
         return None
-    saturated = saturation(run.frames, window, evidence.limits)
+    ignore_eos = evidence.workload.ignore_eos
+    saturated = saturation(run.frames, window, evidence.limits, ignore_eos)
     if saturated is None:
         return None
     demand = evidence.workload.mean(work_demand(evidence.workload))

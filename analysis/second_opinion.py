@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from analysis import kv_demand
 from analysis.critical_rate import predict
-from analysis.engine import Engine, EngineLimits, Request
+from analysis.engine import EngineLimits, Request
 from analysis.estimate import Estimate
 from analysis.prediction import CeilingName, Prediction
+from analysis.scheduler import engine_of
 from analysis.step_time import StepTime, exact_step_time
 from loadgen.workload import Workload
 
@@ -41,13 +41,11 @@ def simulated_rate(
     Raises ValueError if the queue ever empties: then the engine was not saturated.
     """
     first = predict(workload, limits, exact_step_time(law), "engine", "P0")
-    x = first.critical_rate.value * first.step_time_s.value
-    chunk = limits.max_num_batched_tokens or int(workload.prompt_tokens.max())
-    residence = kv_demand.residence_steps(
-        workload.prompt_tokens, workload.output_tokens, chunk, limits.async_scheduling
-    )
-    warm_up = math.ceil(WARM_UP_RESIDENCES * float(residence.max()))
-    window = math.ceil(max(requests / x, WINDOW_RESIDENCES * workload.mean(residence)))
+    step_s = first.step_time_s.value
+    x = first.critical_rate.value * step_s
+    warm_up_s = max(WARM_UP_RESIDENCES * first.longest_residence_s, first.settling_s)
+    warm_up = math.ceil(warm_up_s / step_s)
+    window = math.ceil(max(requests / x, WINDOW_RESIDENCES * first.mean_residence_s / step_s))
     log = _saturate(
         workload,
         limits,
@@ -94,9 +92,9 @@ def _saturate(
     """Credit delivered and seconds taken in each step of the window after the warm-up."""
     warm_up, window = steps
     arrival_rate = overload * first.critical_rate.value
-    engine = Engine(limits)
+    engine = engine_of(limits)
     log = _Log(np.zeros(window), np.zeros(window))
-    arrivals: list[tuple[float, int, int]] = []
+    arrivals: list[tuple[float, list[int]]] = []
     now = last = 0.0
     index = -warm_up
     x = first.critical_rate.value * first.step_time_s.value
@@ -105,11 +103,12 @@ def _saturate(
             gaps = rng.exponential(1 / arrival_rate, 256)
             times = last + np.cumsum(gaps)
             lengths = workload.sample(rng, 256).tolist()
-            arrivals += [(a, s, o) for a, (s, o, _) in zip(times.tolist(), lengths, strict=True)]
+            arrivals += zip(times.tolist(), lengths, strict=True)
             last = float(times[-1])
         due = 0
         while due < len(arrivals) and arrivals[due][0] <= now:
-            engine.submit(Request(0, arrivals[due][1], arrivals[due][2]))
+            s, o, declared = arrivals[due][1]
+            engine.submit(Request(0, s, o, declared, workload.ignore_eos))
             due += 1
         del arrivals[:due]
         step = engine.start()
@@ -119,8 +118,8 @@ def _saturate(
         if index == 0:
             # Memory is full by now: a reserve at the back of the queue starts no cohort.
             backlog = math.ceil(first.running + 4 * math.sqrt(2 * window * x))
-            for s, o, _ in workload.sample(rng, backlog).tolist():
-                engine.submit(Request(0, s, o))
+            for s, o, declared in workload.sample(rng, backlog).tolist():
+                engine.submit(Request(0, s, o, declared, workload.ignore_eos))
         if index >= 0 and not engine.waiting:
             raise ValueError(f"the queue emptied {index} steps into the window: raise the overload")
         duration = law(step.tokens, step.kv_tokens, len(step.scheduled))
@@ -138,13 +137,17 @@ def _credit(request: Request, binding: CeilingName) -> int:
     """What the token just delivered took of the binding resource; a prompt with its first."""
     if binding == "kv_cache":
         return request.prompt_tokens + request.outputs - 1
+    if binding == "output_reservation":
+        return request.prompt_tokens + request.max_tokens - 1 if request.outputs > 1 else 0
     if binding == "max_num_batched_tokens":
         return request.prompt_tokens if request.outputs == 1 else 1
     return 1
 
 
 def _mean_credit(workload: Workload, binding: CeilingName) -> float:
-    s, o = workload.prompt_tokens, workload.output_tokens
+    s, o, d = workload.prompt_tokens, workload.output_tokens, workload.max_tokens
     if binding == "kv_cache":
         return workload.mean(s * o + o * (o - 1) // 2)
+    if binding == "output_reservation":
+        return workload.mean((s + d - 1) * (o - 1))
     return workload.mean(s + o - 1 if binding == "max_num_batched_tokens" else o)

@@ -99,37 +99,50 @@ async def calibrate(
                 share = (round_index + done / len(probes)) / max(REPEATS, round_index + 1)
                 progress(probe.name, share)
                 results.append(await prober.run(probe, seed + 100 * round_index))
-            if round_index + 1 >= REPEATS and enough(_fitted(results)):
+            if round_index + 1 >= REPEATS and enough(_fitted(results, limits)):
                 break
     finally:
         stop.set()
         await asyncio.gather(sampling, return_exceptions=True)
-    sequences, sequence_note = sequence_ceiling(results)
-    budget, budget_note = token_ceiling(results, limits, sequences)
+    sequences, budget, notes = _ceilings(results, limits)
     return Calibration(
-        fit=_fitted(results),
-        observations=_observed(results),
+        fit=_fitted(results, limits),
+        observations=_observed(results, limits),
         probes=tuple(r.probe for r in results),
         max_num_seqs=sequences,
         max_num_batched_tokens=budget,
         duration_s=time.monotonic() - begun,
-        notes=(sequence_note, budget_note),
+        notes=notes,
     )
 
 
-def _observed(results: Sequence[ProbeResult]) -> tuple[StepObservation, ...]:
+def _ceilings(
+    results: Sequence[ProbeResult], limits: EngineLimits
+) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """`max_num_seqs` and the token budget where the probes met them, and what they showed."""
+    if limits.sglang is not None:
+        return None, None, ("the server shows its ceilings: none was looked for",)
+    sequences, sequence_note = sequence_ceiling(results)
+    budget, budget_note = token_ceiling(results, limits, sequences)
+    return sequences, budget, (sequence_note, budget_note)
+
+
+def _observed(results: Sequence[ProbeResult], limits: EngineLimits) -> tuple[StepObservation, ...]:
     decoding = [r for r in results if r.probe.output_tokens > 1 and not r.preemptions]
     try:
-        return tuple(replace(step_observation(r.records), probe=r.probe.name) for r in decoding)
+        return tuple(
+            replace(step_observation(r.records, limits.prefill_chunk), probe=r.probe.name)
+            for r in decoding
+        )
     except ValueError as error:
         raise CalibrationFailed(
             f"a probe's tokens all came at once ({error}): is there a proxy that buffers the stream?"
         ) from error
 
 
-def _fitted(results: Sequence[ProbeResult]) -> StepTimeFit:
+def _fitted(results: Sequence[ProbeResult], limits: EngineLimits) -> StepTimeFit:
     try:
-        return fit_step_time(_observed(results))
+        return fit_step_time(_observed(results, limits))
     except ValueError as error:
         raise CalibrationFailed(
             f"the probes give no step-time law ({error}); is there a proxy that buffers the stream, or "

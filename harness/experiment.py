@@ -45,6 +45,8 @@ async def run_experiment(
     workload = config.law()
     _refuse_offline_keys(config)
     _write_inputs(config, store)
+    for line in workload.notes:
+        display.say(escape(f"note        {line}"))
     display.phase("starting the server")
     async with target_server(config, store) as target:
         gpus = _gpus_of(target)
@@ -60,7 +62,8 @@ async def run_experiment(
         store.write_json("prediction.json", prediction)
         claim = Prediction.from_dict(prediction["claim"])
         digest = store.digest("prediction.json")
-        plan = _plan(config, workload, claim, digest, config.load.rates)
+        engine = Prediction.from_dict(prediction["engine"])
+        plan = _plan(config, workload, claim, engine, digest, config.load.rates)
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
         for run in plan.runs:
@@ -143,12 +146,14 @@ def _plan(
     config: ExperimentConfig,
     workload: Workload,
     prediction: Prediction,
+    engine: Prediction,
     digest: str,
     loads: tuple[float, ...],
     first_index: int = 0,
 ) -> Plan:
     return make_plan(
         prediction,
+        engine,
         workload,
         loads=loads,
         horizon_s=config.load.horizon_s,
@@ -191,6 +196,7 @@ async def _drive_all(stage: Stage, plan: Plan) -> None:
             stage.config,
             stage.workload,
             evidence.prediction,
+            evidence.engine,
             plan.prediction_digest,
             (load,),
             len(plan.runs),

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from analysis.evidence import variance_ratio
 from analysis.growth import (
     growth_power,
@@ -16,7 +14,6 @@ from analysis.growth import (
     stability_power,
     stationary_variance,
 )
-from analysis.kv_demand import residence_steps
 from analysis.prediction import Prediction
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
 from loadgen.records import Run
@@ -60,6 +57,7 @@ class Plan:
 
 def make_plan(
     prediction: Prediction,
+    engine: Prediction,
     workload: Workload,
     *,
     loads: Sequence[float],
@@ -72,15 +70,18 @@ def make_plan(
 ) -> Plan:
     """One run for each load (multiple of the predicted critical rate), numbered from ``first_index``.
 
+    ``engine`` is the prediction with the engine's own blocks and ceilings, whatever is claimed: from
+    it come the residence times.
+
     Where no horizon is given, a run above is as long as its growth needs to show (theory.md 6.2), a
     run below as long as its drift needs to be bounded; the error of the prediction is taken off the
     distance from critical. No run is longer than ``max_horizon_s``.
     """
-    longest_s, mean_s = _residence_s(prediction, workload)
+    longest_s, mean_s = engine.longest_residence_s, engine.mean_residence_s
     spread = variance_ratio(workload)
     critical = prediction.critical_rate
     relative_error = critical.standard_error / critical.value
-    warmup_s = WARMUP_RESIDENCES * longest_s
+    warmup_s = max(WARMUP_RESIDENCES * longest_s, engine.settling_s)
     runs, powers = [], []
     for index, load in enumerate(loads, first_index):
         rate = load * critical.value
@@ -118,11 +119,3 @@ def make_plan(
     return Plan(
         runs=tuple(runs), power=tuple(powers), theta=theta, prediction_digest=prediction_digest
     )
-
-
-def _residence_s(prediction: Prediction, workload: Workload) -> tuple[float, float]:
-    """Longest and mean residence of a request in the batch at saturation, in seconds."""
-    prompt, output = workload.prompt_tokens, workload.output_tokens
-    steps = residence_steps(prompt, output, int(prompt.max()))
-    step_s = prediction.step_time_s.value
-    return float(np.max(steps)) * step_s, workload.mean(steps) * step_s

@@ -20,7 +20,8 @@ from analysis.simulate import simulate
 from analysis.step_time import StepTimeFit, fit_step_time
 from analysis.verdict import Verdict
 from harness.calibrate import REPEATS
-from harness.config import ExperimentConfig, MockServerConfig
+from harness.config import ExperimentConfig
+from harness.mock_config import MockServerConfig
 from harness.plan import make_plan
 from harness.predict import predictions
 from loadgen.arrivals import poisson
@@ -37,18 +38,21 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
     assert config.server is not None, "a rehearsal needs the parameters of a mock server"
     assert config.server.mock is not None, "a rehearsal needs the parameters of a mock server"
     mock, workload = config.server.mock, config.law()
-    shown = EngineLimits(
-        num_blocks=mock.claimed_num_blocks or mock.num_blocks,
-        block_size=mock.block_size,
-        max_model_len=mock.max_model_len,
-        max_num_seqs=config.limits.max_num_seqs,
-        max_num_batched_tokens=config.limits.max_num_batched_tokens,
-    )
+    shown = replace(mock.limits(), num_blocks=mock.claimed_num_blocks or mock.num_blocks)
+    if shown.sglang is None:
+        shown = EngineLimits(
+            num_blocks=shown.num_blocks,
+            block_size=shown.block_size,
+            max_model_len=shown.max_model_len,
+            max_num_seqs=config.limits.max_num_seqs,
+            max_num_batched_tokens=config.limits.max_num_batched_tokens,
+        )
     fit = calibrated(mock, workload, shown, np.random.default_rng([seed, 99]))
     found = predictions(config, workload, shown, fit, "P1", second_opinion=False)
     claim = Prediction.from_dict(found["claim"])
     plan = make_plan(
         claim,
+        Prediction.from_dict(found["engine"]),
         workload,
         loads=config.load.rates,
         horizon_s=config.load.horizon_s,
@@ -78,7 +82,10 @@ def calibrated(
     probes = [p for p in design_probes(workload, shown) if p.output_tokens > 1]
     return fit_step_time(
         [
-            replace(step_observation(_jittered(_probed(p, mock), rng)), probe=p.name)
+            replace(
+                step_observation(_jittered(_probed(p, mock), rng), shown.prefill_chunk),
+                probe=p.name,
+            )
             for p in probes * REPEATS
         ]
     )
@@ -89,7 +96,9 @@ def offered(mock: MockServerConfig, workload: Workload, run: Run) -> MeasuredRun
     arrival_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
     lengths = workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
     law = mock.step_time.law()
-    simulated = simulate(mock.limits(), law, arrival_s, lengths, run.horizon_s)
+    simulated = simulate(
+        mock.limits(), law, arrival_s, lengths, run.horizon_s, ignore_eos=workload.ignore_eos
+    )
     end_ns = round(run.horizon_s * 1e9)
     frames = run_frames(run, 0, end_ns, simulated.records, simulated.samples)
     return MeasuredRun(frames, fidelity(run, simulated.records, run.horizon_s, 0), overrun=0.0)

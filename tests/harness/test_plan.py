@@ -21,6 +21,7 @@ PREDICTION = predict(
 def plan(*loads: float, horizon_s: float | None = None, most_s: float = 600.0, seed: int = 1):
     return make_plan(
         PREDICTION,
+        PREDICTION,
         WORKLOAD,
         loads=loads,
         horizon_s=horizon_s,
