@@ -11,6 +11,8 @@ from analysis.verdict import Check
 
 RESERVED_SHARE = 0.05
 """Share of the pool set aside for outputs to come that moves the critical rate by as much."""
+PREFIX_HIT_SHARE = 0.02
+"""Share of prompt tokens from the cache that moves the critical rate by no more."""
 
 
 def premises(
@@ -23,8 +25,8 @@ def premises(
     checks = [_kv_binds(evidence, longest), _no_reservation(evidence, longest)]
     if longest is not None:
         checks.append(_steady(saturated))
+    checks.append(_no_prefix_hits(evidence))
     for name, seen, meaning in (
-        ("no prefix hits", _counted(evidence, "prefix_hit_tokens"), "prompt tokens from the cache"),
         ("no rejections", _counted(evidence, "rejected"), "requests that the server refused"),
         (
             "exact lengths",
@@ -38,6 +40,20 @@ def premises(
             )
         )
     return checks
+
+
+def _no_prefix_hits(evidence: Evidence) -> Check:
+    """Two random prompts may begin alike: a token of each prompt is no shared prefix."""
+    hits, prompts = _counted(evidence, "prefix_hit_tokens"), _counted(evidence, "prompt_tokens")
+    share = hits / max(prompts, 1.0)
+    return Check(
+        name="no prefix hits",
+        holds=share <= PREFIX_HIT_SHARE,
+        observed=share,
+        threshold=PREFIX_HIT_SHARE,
+        text=f"{hits:.0f} of {prompts:.0f} prompt tokens came from the cache, {100 * share:.2g} % "
+        f"(allowed {100 * PREFIX_HIT_SHARE:.0f} %)",
+    )
 
 
 def _counted(evidence: Evidence, column: str) -> float:

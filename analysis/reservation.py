@@ -53,13 +53,14 @@ LATTICE = 2048
 
 
 MODEL_ERROR = 0.01
-"""Relative standard deviation of the closed form against `analysis.sglang` where the whole output
-is set aside."""
+"""Relative standard deviation of the closed form against `analysis.sglang` under saturation, where
+the whole output is set aside: at most 0.7 % off in 13 settings (scripts/known_truth and the tests)."""
 MODEL_ERROR_RATIO = 0.04
-"""The same where the ratio decides."""
+"""The same where the ratio decides: at most 3.6 % off in 7 settings."""
 MODEL_ERROR_FIXED = 0.06
 """The same for fixed lengths: those that were admitted together also leave together, so that the
-number of prefill steps depends on how the batch was filled."""
+number of prefill steps depends on how the batch was filled. Fed from empty the critical rate was
+within 1 % of the closed form, under overload by 10 to 30 % up to 16 % above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,11 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     notes = []
     if looks_ahead(workload, limits) and not sets_all_aside(workload, limits):
         notes.append("admission looks ahead; the closed form takes the ratio rule alone")
+    if _nearly_fixed(workload):
+        notes.append(
+            "outputs are nearly fixed: requests that were admitted together leave together, so that the "
+            "critical rate depends on how the batch was filled; this is the one from an empty server"
+        )
     if found.ratio < 1:
         notes.append(f"new_token_ratio is taken as {found.ratio:.3f} under saturation")
     return Point(
@@ -156,11 +162,16 @@ def sglang_demand(
 
 
 def _model_error(workload: Workload, found: Reserving) -> float:
-    outputs = workload.output_tokens
-    mean = workload.mean(outputs)
-    if workload.mean(np.asarray((outputs - mean) ** 2)) < (FIXED_BELOW_CV * mean) ** 2:
+    if _nearly_fixed(workload):
         return MODEL_ERROR_FIXED
     return MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
+
+
+def _nearly_fixed(workload: Workload) -> bool:
+    outputs = workload.output_tokens
+    mean = workload.mean(outputs)
+    variance = workload.mean(np.asarray((outputs - mean) ** 2))
+    return variance < (FIXED_BELOW_CV * mean) ** 2
 
 
 def declared_to_come(workload: Workload, rules: SGLangRules) -> Floats:

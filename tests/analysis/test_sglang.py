@@ -264,5 +264,5 @@ def test_step_counts_of_a_real_engine_from_arrival_times_alone() -> None:
         prefill = sum(e[2] for e in data["events"] if e[0] == "step")
         steps = sum(e[0] == "step" for e in data["events"])
         simulated = simulated + step_counts(data)
-        recorded = (*recorded, prefill, steps - prefill)
+        recorded = recorded + np.array([prefill, steps - prefill])
     assert simulated == pytest.approx(recorded, rel=0.03)

@@ -1,0 +1,154 @@
+"""The operating point of an engine that sets room aside: closed forms, and the scheduler itself."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.critical_rate import predict
+from analysis.engine import EngineLimits, SGLangRules
+from analysis.reservation import (
+    declared_to_come,
+    reserved_demand,
+    reserving,
+    saturated_ratio,
+    usable_tokens,
+)
+from analysis.second_opinion import simulated_rate
+from analysis.step_time import StepTime, exact_step_time
+from analysis.waterfall import waterfall
+from loadgen.workload import Workload, declared, fixed, uniform
+
+LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7, b3_s_per_request=1e-5)
+WIDE = uniform((16, 112), (16, 112))
+DECODE = uniform((16, 48), (64, 448))
+
+
+def limits(tokens: int, page: int = 1, chunk: int | None = 8192, **other: Any) -> EngineLimits:
+    rules = {k: other.pop(k) for k in list(other) if k in SGLangRules.__slots__}
+    return EngineLimits(
+        num_blocks=tokens // page,
+        block_size=page,
+        max_num_batched_tokens=chunk,
+        sglang=SGLangRules(**rules),
+        **other,
+    )
+
+
+def early(law: Workload, factor: float = 1.0) -> Workload:
+    return declared(replace(law, ignore_eos=False), factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("s", "o", "d", "page", "ratio", "clip"),
+    [
+        (5, 9, 9, 1, 1.0, 4096),
+        (5, 9, 30, 4, 0.3, 4096),
+        (7, 1, 4, 2, 1.0, 10),
+        (3, 40, 50, 1, 0.5, 12),
+    ],
+)
+def test_reserved_demand_is_the_sum_over_decode_steps(
+    s: int, o: int, d: int, page: int, ratio: float, clip: int
+) -> None:
+    law = replace(fixed(s, o, d), ignore_eos=False) if d > o else fixed(s, o)
+    bounds = limits(1000, page, clip_max_new_tokens=clip)
+    found = reserved_demand(law, bounds, ratio)
+    held = sum(-(-(s + j - 1) // page) * page for j in range(1, o))
+    to_come = sum(min(d - j, clip) for j in range(1, o))
+    assert declared_to_come(law, bounds.sglang or SGLangRules())[0] == to_come
+    assert found.reserved[0] == pytest.approx(held + ratio * to_come)
+    assert found.decode_kv[0] == sum(-(-(s + j) // page) * page for j in range(1, o))
+    assert found.decode_steps[0] == o - 1
+
+
+def test_uniform_lengths_keep_71_percent() -> None:
+    """theory.md 7.2: E[s o + o^2 / 2] / E[(s + o) o], which is 5/7 for equal uniform laws."""
+    law = uniform((1, 1600), (1, 1600))
+    found = reserving(law, limits(131_000))
+    kept = found.ceilings["output_reservation"] / found.ceilings["kv_cache"]
+    assert kept == pytest.approx(5 / 7, abs=0.002)
+
+
+def test_declaring_more_costs_as_much_as_using_it() -> None:
+    """With everything set aside, x is the pool over E[(s + d) (o - 1)] whatever the outputs are."""
+    bounds = limits(100_000, whole_output_of_ignore_eos=True)
+    short = reserving(fixed(50, 50), bounds).by_pool
+    exact = (100_000 - 101 / 2) / (99 * 49)
+    assert short == pytest.approx(exact, rel=0.001)
+
+
+def test_room_of_the_head_of_the_queue() -> None:
+    """E[X^2] / (2 E[X]) of s + d and a page, and E[X (s - d)] / (2 E[X]) when looking ahead."""
+    bounds = limits(10_000)
+    law = uniform((10, 20), (30, 60))
+    x = np.array([s + o + 1 for s, o in itertools.product(range(10, 21), range(30, 61))])
+    difference = np.array([s - o for s, o in itertools.product(range(10, 21), range(30, 61))])
+    usable = usable_tokens(law, bounds, reserved_demand(law, bounds, 1.0))
+    assert usable == pytest.approx(10_000 - (x**2).mean() / 2 / x.mean())
+    ahead = limits(10_000, radix_cache=False)
+    usable = usable_tokens(law, ahead, reserved_demand(law, ahead, 1.0))
+    assert usable == pytest.approx(10_000 - (x * difference).mean() / 2 / x.mean())
+
+
+def test_equal_requests_one_at_a_time_need_one_prefill_step_each() -> None:
+    """Completions are then rare, and each uncovers exactly one head."""
+    found = reserving(fixed(100, 2000), limits(20_000))
+    assert found.requests < 0.005
+    assert found.prefill_steps == pytest.approx(1.0, abs=0.01)
+
+
+def test_exponential_lengths_uncover_a_head_in_every_second_completion() -> None:
+    """E[min(X, Y)] / E[X] = 1/2 for exponential X and Y; here geometric, the prompt one token."""
+    o = np.arange(2, 3900)
+    weight = 0.995**o
+    law = Workload(
+        name="geometric",
+        prompt_tokens=np.ones_like(o),
+        output_tokens=o,
+        max_tokens=o,
+        weight=weight / weight.sum(),
+        observed=np.full(len(o), np.inf),
+        source="test",
+    )
+    assert reserving(law, limits(4000)).prefill_steps == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_ratio_falls_to_its_floor_in_a_large_pool_and_is_lifted_in_a_small_one() -> None:
+    law = early(DECODE)
+    assert saturated_ratio(law, limits(262_144)) == pytest.approx(0.098, abs=0.002)
+    assert saturated_ratio(law, limits(8192)) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("law", "bounds", "within"),
+    [
+        (WIDE, limits(8192), 0.012),
+        (WIDE, limits(8192, page=16), 0.012),
+        (WIDE, limits(8192, async_scheduling=True), 0.012),
+        (WIDE, limits(8192, radix_cache=False), 0.012),
+        (WIDE, limits(8192, max_num_seqs=40), 0.012),
+        (WIDE, limits(8192, max_num_seqs=58), 0.012),
+        (uniform((256, 768), (8, 24)), limits(16_384, chunk=512), 0.02),
+        (early(WIDE, 3.0), limits(8192), 0.06),
+        (early(WIDE), limits(32_768), 0.03),
+    ],
+)
+def test_closed_form_against_the_scheduler(
+    law: Workload, bounds: EngineLimits, within: float
+) -> None:
+    closed = predict(law, bounds, exact_step_time(LAW), "engine", "P0").critical_rate
+    simulated = simulated_rate(law, bounds, LAW, requests=4000, overload=1.15)
+    assert closed.value == pytest.approx(simulated.value, rel=within)
+
+
+@pytest.mark.parametrize("bounds", [limits(8192), EngineLimits(num_blocks=512, block_size=16)])
+def test_the_mechanisms_multiply_to_the_engines_rate(bounds: EngineLimits) -> None:
+    paper, mechanisms = waterfall(WIDE, bounds, LAW, chunk=2048)
+    engine = predict(WIDE, bounds, exact_step_time(LAW), "engine", "P0").critical_rate.value
+    assert paper * np.prod([m.factor for m in mechanisms]) == pytest.approx(engine)
+    stated = replace(bounds, num_blocks=bounds.pool_tokens, block_size=1)
+    claimed = predict(WIDE, stated, exact_step_time(LAW), "paper", "P0", chunk=2048).critical_rate
+    assert paper == pytest.approx(claimed.value)
