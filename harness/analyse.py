@@ -58,7 +58,7 @@ def load_evidence(store: Store) -> Evidence:
                 f"{store.path}: {name} is not the one that the prediction was made from: restore it, "
                 "inputs and thresholds are fixed before the first run"
             )
-    limits = EngineLimits(**store.read_json("limits.json")["used"])
+    limits = EngineLimits.from_dict(store.read_json("limits.json")["used"])
     stored = [store.read_run(run_id) for run_id in store.whole_runs()]
     for run in stored:
         if run.prediction_digest != digest:
@@ -143,10 +143,14 @@ def _mode(config: ExperimentConfig) -> str:
 
 def _workload(evidence: Evidence) -> dict[str, Any]:
     law = evidence.workload
+    more = f"{law.mean(law.max_tokens):.2f} tokens, more than the output"
     return {
         "name": law.name,
         "source": law.source,
         "mean prompt": f"{law.mean(law.prompt_tokens):.2f} tokens",
         "mean output": f"{law.mean(law.output_tokens):.2f} tokens",
         "largest prompt + output": f"{int((law.prompt_tokens + law.output_tokens).max())} tokens",
+        "mean declared max_tokens": more if law.declares_more else "the output length",
+        "ignore_eos": law.ignore_eos,
+        "notes": "; ".join(law.notes) or "none",
     }

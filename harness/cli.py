@@ -15,18 +15,22 @@ import typer
 from rich.console import Console
 
 from analysis.judge import judge
+from analysis.kv_cache import ImpossibleCache
+from analysis.model_shape import UnknownShape
 from analysis.summary import summary
 from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence, write_report
 from harness.calibrate import CalibrationFailed
-from harness.config import ConfigError, MockServerConfig, load_config, load_mock_config
+from harness.config import ConfigError, load_config, load_mock_config
 from harness.display import Display
-from harness.engines import LimitsUnreadable, MissingMetric
+from harness.engines import MissingMetric
 from harness.experiment import run_experiment
+from harness.kv_cache_command import kv_cache_command
 from harness.plan import HorizonTooShort
 from harness.predict import offline_predictions
 from harness.sampler import ServerGone
 from harness.server import ServerFailed
+from harness.server_limits import LimitsUnreadable
 from harness.store import Store, StoreError, missing
 from harness.streams import finite
 from loadgen.drive import TooFewFileDescriptors
@@ -47,6 +51,8 @@ USAGE_ERRORS = (
     TooFewFileDescriptors,
     ServerGone,
     HorizonTooShort,
+    UnknownShape,
+    ImpossibleCache,
 )
 USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 ConfigPath = Annotated[Path, typer.Argument(help="the experiment's YAML")]
@@ -125,21 +131,13 @@ def mock(
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
     step_log: Annotated[Path | None, typer.Option(help="write every step here")] = None,
 ) -> None:
-    """A server that speaks vLLM's dialect around the scheduler model, with a set step time."""
-    from harness.mock import MockConfig
+    """A server that speaks the dialect of vLLM, or SGLang, around a model of its scheduler."""
     from harness.mock_http import run_mock
 
-    parameters: MockServerConfig = load_mock_config(config)
-    run_mock(
-        MockConfig(
-            limits=parameters.limits(),
-            step_time=parameters.step_time.law(),
-            port=port,
-            stream_interval=parameters.stream_interval,
-            claimed_num_blocks=parameters.claimed_num_blocks,
-            step_log=step_log,
-        )
-    )
+    run_mock(load_mock_config(config).server(port, step_log))
+
+
+app.command("kv-cache")(kv_cache_command)
 
 
 async def _until_terminated(work: Coroutine[Any, Any, Verdict | None]) -> Verdict | None:

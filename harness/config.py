@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    AfterValidator,
     Field,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 
-from analysis.engine import EngineLimits
-from analysis.step_time import StepTime
+from harness.mock_config import MockServerConfig
+from harness.sections import Positive, Section, StepTimeConfig
+from loadgen.length_laws import lognormal
 from loadgen.prompts import FIRST_ORDINARY_ID
-from loadgen.workload import (
-    Workload,
-    clipped,
-    fixed,
-    mixture,
+from loadgen.traces import (
     read_azure,
+    read_burstgpt,
+    read_marginals,
     read_mooncake,
     read_sharegpt,
     read_vidur,
-    uniform,
+    shipped,
 )
+from loadgen.workload import Side, Workload, clipped, declared, fixed, mixture, part, uniform
 
-Positive = Annotated[int, Field(ge=1)]
 Range = tuple[Positive, Positive]
 
 
 READERS = {
     "azure": read_azure,
+    "burstgpt": read_burstgpt,
     "mooncake": read_mooncake,
     "sharegpt": read_sharegpt,
     "vidur": read_vidur,
@@ -48,31 +47,10 @@ class ConfigError(Exception):
     """The config cannot be used; the message names the key and the mend."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
-SectionT = TypeVar("SectionT", bound=_Section)
-
-
-class StepTimeConfig(_Section):
-    """b = b0 + b1*tokens + b2*KV + b3*running."""
-
-    b0_ms: Annotated[float, Field(gt=0)]
-    b1_us_per_token: Annotated[float, Field(ge=0)] = 0.0
-    b2_ns_per_kv_token: Annotated[float, Field(ge=0)] = 0.0
-    b3_us_per_request: Annotated[float, Field(ge=0)] = 0.0
-
-    def law(self) -> StepTime:
-        return StepTime(
-            b0_s=self.b0_ms * 1e-3,
-            b1_s_per_token=self.b1_us_per_token * 1e-6,
-            b2_s_per_kv_token=self.b2_ns_per_kv_token * 1e-9,
-            b3_s_per_request=self.b3_us_per_request * 1e-6,
-        )
-
-
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """What the server does not show, or what a prediction without a server has to state."""
 
     pool_tokens: Positive | None = None
@@ -83,42 +61,13 @@ class LimitsConfig(_Section):
     watermark: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
-class MockServerConfig(_Section):
-    """Parameters of a mock server. They go to its process alone; the prediction never sees them."""
-
-    num_blocks: Positive
-    block_size: Positive = 16
-    max_num_seqs: Positive = 256
-    max_num_batched_tokens: Positive = 2048
-    max_model_len: Positive = 4096
-    watermark: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    reserve_full_prompt: bool = True
-    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
-    async_scheduling: bool = False
-    stream_interval: Positive = 1
-    claimed_num_blocks: Positive | None = None
-    step_time: StepTimeConfig
-
-    def limits(self) -> EngineLimits:
-        return EngineLimits(
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            watermark=self.watermark,
-            reserve_full_prompt=self.reserve_full_prompt,
-            long_prefill_token_threshold=self.long_prefill_token_threshold,
-            async_scheduling=self.async_scheduling,
-        )
-
-
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """Where the requests go: a running server by ``url``, or a mock server started for the run."""
 
-    engine: Literal["vllm"] = "vllm"
+    engine: Literal["vllm", "sglang"] | None = None
+    """Of the server at ``url``, vllm if not given; a mock says by its own section what it is."""
     url: str | None = None
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = Field(default_factory=dict)
     mock: MockServerConfig | None = None
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     ready_timeout_s: Annotated[float, Field(gt=0)] = 60.0
@@ -127,12 +76,17 @@ class ServerConfig(_Section):
     def _one_server(self) -> ServerConfig:
         if (self.url is None) == (self.mock is None):
             raise ValueError("give either url (a running server) or mock (one started here)")
+        if self.mock is not None and self.engine not in (None, self.mock.engine):
+            raise ValueError(
+                f"engine says {self.engine}, but the mock is {self.mock.engine}: a section mock.sglang "
+                "makes it SGLang; leave engine out"
+            )
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError("url must start with http:// or https://")
         return self
 
 
-class UniformConfig(_Section):
+class UniformConfig(Section):
     """Independent uniform lengths, both bounds included."""
 
     prompt: Range
@@ -147,51 +101,109 @@ class UniformConfig(_Section):
         return self
 
 
-class FixedConfig(_Section):
+class FixedConfig(Section):
     """Every request has these lengths."""
 
     prompt: Positive
     output: Positive
 
 
-class TraceConfig(_Section):
+class LengthConfig(Section):
+    """One log-normal length: its mean and coefficient of variation, and where it is cut off."""
+
+    mean: Annotated[float, Field(gt=0)]
+    cv: Annotated[float, Field(gt=0)]
+    bounds: Range
+
+
+class LognormalConfig(Section):
+    """Log-normal lengths with Pearson's correlation of the lengths themselves."""
+
+    prompt: LengthConfig
+    output: LengthConfig
+    correlation: Annotated[float, Field(gt=-1, lt=1)] = 0.0
+
+
+def _beside(file: Path, info: ValidationInfo) -> Path:
+    """An existing file; a relative path starts at the folder of the config."""
+    folder = (info.context or {}).get("folder", Path())
+    path: Path = (folder / file).resolve()
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+File = Annotated[Path, AfterValidator(_beside)]
+
+
+class PartConfig(Section):
+    """A random share of a trace's requests to estimate from; the other side is the rest."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    seed: Annotated[int, Field(ge=0)] = 1
+    side: Side
+
+
+class TraceConfig(Section):
     """Paired lengths from a public trace; a relative file is looked up beside the config."""
 
-    file: Path
-    format: Literal["azure", "mooncake", "vidur", "sharegpt"]
+    file: File
+    format: Literal["azure", "burstgpt", "mooncake", "vidur", "sharegpt"]
+    part: PartConfig | None = None
 
-    @field_validator("file")
-    @classmethod
-    def _existing(cls, file: Path, info: ValidationInfo) -> Path:
-        folder = (info.context or {}).get("folder", Path())
-        path: Path = (folder / file).resolve()
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-        return path
+    def law(self) -> Workload:
+        whole = READERS[self.format](self.file)
+        if self.part is None:
+            return whole
+        return part(whole, self.part.share, self.part.seed, self.part.side)
 
 
-class WorkloadConfig(_Section):
-    """Exactly one law of lengths, or a mixture of laws by weight."""
+class MarginalsConfig(Section):
+    """Two files of lengths and probabilities; prompt and output are taken as independent."""
+
+    prompt: File
+    output: File
+
+
+class DeclareConfig(Section):
+    """The ``max_tokens`` that a client declares beyond what it will use; exactly one key."""
+
+    max_tokens: Positive | None = None
+    factor: Annotated[float, Field(ge=1)] | None = None
+    extra: Annotated[int, Field(ge=0)] | None = None
+
+
+LAWS = ("uniform", "fixed", "lognormal", "shipped", "trace", "marginals", "mixture")
+
+
+class WorkloadConfig(Section):
+    """Exactly one law of lengths, or a mixture of laws by weight; and what its requests declare."""
 
     uniform: UniformConfig | None = None
     fixed: FixedConfig | None = None
+    lognormal: LognormalConfig | None = None
+    shipped: Literal["azure_2023_conv"] | None = None
     trace: TraceConfig | None = None
+    marginals: MarginalsConfig | None = None
     mixture: tuple[MixtureConfig, ...] | None = None
     max_total_tokens: Positive | None = None
+    declare: DeclareConfig | None = None
+    ignore_eos: bool | None = None
 
     @model_validator(mode="after")
     def _one_law(self) -> WorkloadConfig:
-        given = [
-            n for n in ("uniform", "fixed", "trace", "mixture") if getattr(self, n) is not None
-        ]
-        if len(given) != 1:
-            raise ValueError("give exactly one of uniform, fixed, trace, mixture")
+        if sum(getattr(self, name) is not None for name in LAWS) != 1:
+            raise ValueError(f"give exactly one of {', '.join(LAWS)}")
         return self
 
     def build(self) -> Workload:
         """The law of lengths. Raises ConfigError when it cannot be read or nothing is left of it."""
         try:
             workload = self._law()
+            if self.declare is not None:
+                workload = declared(workload, **self.declare.model_dump())
+            if self.ignore_eos is not None:
+                workload = replace(workload, ignore_eos=self.ignore_eos)
             if self.max_total_tokens is not None:
                 workload, _ = clipped(workload, self.max_total_tokens)
         except ValueError as error:
@@ -203,22 +215,31 @@ class WorkloadConfig(_Section):
             return uniform(self.uniform.prompt, self.uniform.output)
         if self.fixed is not None:
             return fixed(self.fixed.prompt, self.fixed.output)
+        if self.lognormal is not None:
+            s, o = self.lognormal.prompt, self.lognormal.output
+            return lognormal(
+                (s.mean, s.cv), (o.mean, o.cv), self.lognormal.correlation, s.bounds, o.bounds
+            )
+        if self.shipped is not None:
+            return shipped(self.shipped)
         if self.trace is not None:
-            return READERS[self.trace.format](self.trace.file)
+            return self.trace.law()
+        if self.marginals is not None:
+            return read_marginals(self.marginals.prompt, self.marginals.output)
         assert self.mixture is not None
         total = sum(part.weight for part in self.mixture)
         parts = [(part.weight / total, part.workload.build()) for part in self.mixture]
         return mixture(parts)
 
 
-class MixtureConfig(_Section):
+class MixtureConfig(Section):
     """One law of a mixture; weights need not sum to 1."""
 
     weight: Annotated[float, Field(gt=0)]
     workload: WorkloadConfig
 
 
-class LoadConfig(_Section):
+class LoadConfig(Section):
     """Rates as multiples of the predicted critical rate, and how long each is driven."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.85, 1.15, 1.3)
@@ -243,7 +264,7 @@ class LoadConfig(_Section):
         return self
 
 
-class RegimeConfig(_Section):
+class RegimeConfig(Section):
     """A stretch of time with its own lengths and step time, for predictions of mixed traffic."""
 
     share: Annotated[float, Field(gt=0, le=1)]
@@ -251,14 +272,14 @@ class RegimeConfig(_Section):
     step_time: StepTimeConfig
 
 
-class PublishedConfig(_Section):
+class PublishedConfig(Section):
     """A number that somebody published for the same inputs, to be set beside the prediction."""
 
     critical_rate: Annotated[float, Field(gt=0)]
     source: str
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Section):
     """One experiment. See configs/README.md for every key."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]

@@ -9,20 +9,33 @@ the loop is late, steps run back to back, one per turn of the loop, until they h
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from analysis.engine import Engine, EngineLimits, Request, Step
+from analysis.scheduler import engine_of
+from analysis.sglang import SGLangEngine
 from analysis.step_time import StepTime
-from harness.mock_metrics import Histograms, Shown
+from harness.mock_books import Books, Ended, Job
+from harness.mock_log import StepLogFile
+from harness.mock_sglang_books import SGLangBooks
+from harness.mock_vllm_books import VLLMBooks
 
 SECOND_NS = 1_000_000_000
-LOG_FLUSH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SGLangSettings:
+    """What an SGLang server's scheduler does not depend on, but what it shows does."""
+
+    version: str = "0.5.23"
+    decode_log_interval: int = 40
+    """Decode steps between two refreshes of the gauges; prefill steps refresh them, too."""
+    load_snapshot_publish_interval: int = 15
+    """The same for the snapshot that /v1/loads reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +44,14 @@ class MockConfig:
 
     ``port`` 0 takes a free one. ``stream_interval`` is the number of tokens per streamed chunk
     after the first. ``claimed_num_blocks`` makes the server lie: it is the pool (usable blocks)
-    that ``cache_config_info`` shows, while the engine has ``limits.num_blocks`` and
-    ``kv_cache_usage_perc`` refers to these. ``seed`` chooses the words of the outputs. Raises
-    ValueError on a combination that no vLLM server could show.
+    that it shows, while the engine has ``limits.num_blocks`` and the usage it shows refers to these.
+    ``seed`` chooses the words of the outputs. Raises ValueError on a combination that no server
+    could show. With ``limits.sglang`` it speaks SGLang's dialect, and ``sglang`` counts.
     """
 
     limits: EngineLimits
     step_time: StepTime
+    sglang: SGLangSettings = SGLangSettings()
     host: str = "127.0.0.1"
     port: int = 0
     model: str = "critrate-mock"
@@ -51,7 +65,7 @@ class MockConfig:
             raise ValueError(f"step_time.b0_s must be positive, got {self.step_time.b0_s}")
         if self.stream_interval < 1:
             raise ValueError(f"stream_interval must be at least 1, got {self.stream_interval}")
-        if self.max_model_len > self.limits.pool_tokens:
+        if self.limits.sglang is None and self.max_model_len > self.limits.pool_tokens:
             raise ValueError(
                 f"max_model_len {self.max_model_len} does not fit the pool of "
                 f"{self.limits.pool_tokens} tokens: raise num_blocks or lower max_model_len"
@@ -73,35 +87,18 @@ class MockConfig:
         return self.limits.max_model_len or self.limits.pool_tokens
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request on its way through the engine. Times are monotonic ns; 0 means not yet."""
-
-    request: Request
-    receive_ns: int
-    push: Callable[[int, bool], None]
-    """Called once per output token: tokens so far, and whether it was the last."""
-    scheduled_ns: int = 0
-    first_ns: int = 0
-    last_ns: int = 0
-    abandoned: bool = False
-
-
 class PacedEngine:
     """`Engine` paced by the event loop's clock (`time.monotonic`).
 
     A request submitted at instant r joins the first step whose nominal start is not before r, as in
     `analysis.simulate`; an abandoned one leaves at the first such step after it was given up.
-    ``shown`` is the state after the last completed step. ``failed`` is done when the engine cannot
-    go on, with the exception as its result.
+    ``books`` are told what happens. ``failed`` is done when the engine cannot go on, with the
+    exception as its result.
     """
 
     def __init__(self, config: MockConfig, loop: asyncio.AbstractEventLoop) -> None:
-        self.engine = Engine(config.limits)
-        self.histograms = Histograms(config.max_model_len)
-        self.steps = 0
-        self.overruns = 0
-        self.shown = self._state(0)
+        self.engine = engine_of(config.limits)
+        self.books = _books(config, self.engine)
         self.failed: asyncio.Future[None] = loop.create_future()
         self._step_time = config.step_time
         self._loop = loop
@@ -109,7 +106,10 @@ class PacedEngine:
         self._departures: deque[tuple[int, Job]] = deque()
         self._jobs: dict[int, Job] = {}
         self._submitted = 0
+        self._steps = 0
+        self._overruns = 0
         self._step: Step | None = None
+        self._launched_ns = 0
         self._start_ns = 0
         self._end_ns = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -118,11 +118,20 @@ class PacedEngine:
     # -- what the server calls -------------------------------------------------------------------
 
     def submit(
-        self, prompt_tokens: int, output_tokens: int, push: Callable[[int, bool], None]
+        self,
+        prompt_tokens: int,
+        output_tokens: int,
+        max_tokens: int,
+        ignore_eos: bool,
+        push: Callable[[int, bool], None],
+        streamed: bool = True,
     ) -> Job:
-        """Queue a request that was received now. It must fit ``max_model_len`` and the pool."""
-        request = Request(self._submitted, prompt_tokens, output_tokens)
-        job = Job(request, time.monotonic_ns(), push)
+        """Queue a request that was received now. It must fit ``max_model_len`` and the pool.
+
+        It will end after ``output_tokens``; the scheduler knows the declared ``max_tokens``.
+        """
+        request = Request(self._submitted, prompt_tokens, output_tokens, max_tokens, ignore_eos)
+        job = Job(request, time.monotonic_ns(), push, streamed)
         self._submitted += 1
         self._arrivals.append(job)
         if self._step is None:
@@ -151,8 +160,9 @@ class PacedEngine:
             step = self._schedule(start_ns)
         self._step = step
         if step is None:
-            self.shown = self._state(start_ns)
+            self.books.idled(start_ns)
             return
+        self._launched_ns = time.monotonic_ns()
         law_s = self._step_time(step.tokens, step.kv_tokens, len(step.scheduled))
         self._start_ns = start_ns
         self._end_ns = start_ns + round(law_s * SECOND_NS)
@@ -170,72 +180,51 @@ class PacedEngine:
         while self._departures and self._departures[0][0] <= start_ns:
             job = self._departures.popleft()[1]
             if self._jobs.pop(job.request.id, None) is not None:
+                self.books.aborted(job)
                 engine.abort(job.request)
                 if log is not None:
                     log.left(job)
         step = engine.start()
         if step is None:
             return None
-        # New requests stand at the end of the batch, behind running and resumed ones.
-        for request, _ in reversed(step.scheduled):
-            if request.state == "aborted":
-                continue
-            job = self._jobs[request.id]
-            if job.scheduled_ns:
-                break
-            job.scheduled_ns = start_ns
+        self._note_scheduled(step, start_ns)
         if log is not None:
             log.step(start_ns, step, engine)
         return step
 
+    def _note_scheduled(self, step: Step, start_ns: int) -> None:
+        """Who runs for the first time? vLLM puts them at the end, SGLang into steps of their own."""
+        for request, _ in reversed(step.scheduled):
+            job = self._jobs.get(request.id)
+            if job is None:
+                continue
+            if not job.scheduled_ns:
+                job.scheduled_ns = start_ns
+            elif not step.prefill:
+                break
+
     def _end(self) -> None:
         now_ns = time.monotonic_ns()
-        assert self._step is not None
-        self.steps += 1
+        step = self._step
+        assert step is not None
+        self._steps += 1
         if now_ns - self._end_ns > self._end_ns - self._start_ns:
-            self.overruns += 1
-        step_tokens = self.engine.step_tokens
-        delivered = self.engine.complete(self._step)
-        if delivered:
-            self.histograms.iteration_tokens_total.observe(self.engine.step_tokens - step_tokens)
+            self._overruns += 1
+        free_blocks = self.engine.free_blocks
+        delivered = self.engine.complete(step)
         for request, finished in delivered:
-            self._deliver(self._jobs[request.id], finished, now_ns)
-        self.shown = self._state(self._end_ns)
+            job = self._jobs[request.id]
+            if finished:
+                del self._jobs[request.id]
+            self.books.delivered(job, finished, now_ns)
+            if not job.abandoned:
+                job.push(request.outputs, finished)
+        ends = [request for request, finished in delivered if finished]
+        counts = self._steps, self._overruns
+        self.books.ended(
+            Ended(step, ends, self._launched_ns, self._end_ns, now_ns, free_blocks, *counts)
+        )
         self._begin(self._end_ns)
-
-    def _deliver(self, job: Job, finished: bool, now_ns: int) -> None:
-        if job.first_ns:
-            gap_s = (now_ns - job.last_ns) / SECOND_NS
-            self.histograms.inter_token_latency_seconds.observe(gap_s)
-        else:
-            job.first_ns = now_ns
-            wait_s = (now_ns - job.receive_ns) / SECOND_NS
-            self.histograms.time_to_first_token_seconds.observe(wait_s)
-        job.last_ns = now_ns
-        if finished:
-            del self._jobs[job.request.id]
-            self._observe_finished(job)
-        if not job.abandoned:
-            job.push(job.request.outputs, finished)
-
-    def _observe_finished(self, job: Job) -> None:
-        shown, request = self.histograms, job.request
-        decode_s = (job.last_ns - job.first_ns) / SECOND_NS
-        shown.e2e_request_latency_seconds.observe((job.last_ns - job.receive_ns) / SECOND_NS)
-        shown.request_queue_time_seconds.observe((job.scheduled_ns - job.receive_ns) / SECOND_NS)
-        shown.request_inference_time_seconds.observe((job.last_ns - job.scheduled_ns) / SECOND_NS)
-        shown.request_prefill_time_seconds.observe((job.first_ns - job.scheduled_ns) / SECOND_NS)
-        shown.request_decode_time_seconds.observe(decode_s)
-        per_token_s = decode_s / max(request.outputs - 1, 1)
-        shown.request_time_per_output_token_seconds.observe(per_token_s)
-        shown.request_num_preemptions.observe(request.preemptions)
-        shown.request_prompt_tokens.observe(request.prompt_tokens)
-        shown.request_generation_tokens.observe(request.outputs)
-        shown.request_params_max_tokens.observe(request.output_tokens)
-
-    def _state(self, t_ns: int) -> Shown:
-        engine = self.engine
-        return Shown(engine.sample(t_ns), engine.aborted, self.steps, self.overruns)
 
     def _guarded(self, call: Callable[..., None], *args: int) -> None:
         """An exception in a callback of the loop would only be logged; make it end the server."""
@@ -246,55 +235,11 @@ class PacedEngine:
                 self.failed.set_exception(error)
 
 
-class StepLogFile:
-    """One JSON line per step, written once a second.
-
-    ``submissions`` ([id, prompt_tokens, output_tokens, receive_ns]) and ``aborts`` (ids) are those
-    that took effect at the step's nominal start ``start_ns``, in this order; ``waiting``,
-    ``running``, ``free_blocks`` and ``preemptions`` (since the start of the engine) hold once the
-    step has been scheduled. Given each submission's step, a replay through `Engine` is exact.
-    """
-
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
-        self._file: IO[str] = path.open("w")
-        self._loop = loop
-        self._lines: list[str] = []
-        self._submissions: list[list[int]] = []
-        self._aborts: list[int] = []
-        self._timer = loop.call_later(LOG_FLUSH_S, self._flush)
-
-    def joined(self, job: Job) -> None:
-        request = job.request
-        self._submissions.append(
-            [request.id, request.prompt_tokens, request.output_tokens, job.receive_ns]
-        )
-
-    def left(self, job: Job) -> None:
-        self._aborts.append(job.request.id)
-
-    def step(self, start_ns: int, step: Step, engine: Engine) -> None:
-        row = {
-            "step": step.index,
-            "start_ns": start_ns,
-            "submissions": self._submissions,
-            "aborts": self._aborts,
-            "waiting": len(engine.waiting),
-            "running": len(engine.running),
-            "free_blocks": engine.free_blocks,
-            "preemptions": engine.preemptions,
-            "tokens": step.tokens,
-            "kv_tokens": step.kv_tokens,
-        }
-        self._lines.append(json.dumps(row, separators=(",", ":")) + "\n")
-        self._submissions, self._aborts = [], []
-
-    def close(self) -> None:
-        self._timer.cancel()
-        self._file.writelines(self._lines)
-        self._file.close()
-
-    def _flush(self) -> None:
-        self._file.writelines(self._lines)
-        self._file.flush()
-        self._lines.clear()
-        self._timer = self._loop.call_later(LOG_FLUSH_S, self._flush)
+def _books(config: MockConfig, engine: Engine) -> Books:
+    if config.limits.sglang is None:
+        return VLLMBooks(engine, config.max_model_len)
+    assert isinstance(engine, SGLangEngine)
+    settings = config.sglang
+    return SGLangBooks(
+        engine, settings.decode_log_interval, settings.load_snapshot_publish_interval
+    )

@@ -54,7 +54,14 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
     lengths = stage.workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
     prompts = make_prompts(lengths[:, 0], run.seed, range(*config.load.vocabulary))
     bodies = [
-        completion_body(target.shown.model_id, prompt, int(o), int(declared))
+        completion_body(
+            target.shown.model_id,
+            prompt,
+            int(o),
+            int(declared),
+            ignore_eos=stage.workload.ignore_eos,
+            stop_id=config.load.vocabulary[1] - 1,
+        )
         for prompt, (_, o, declared) in zip(prompts, lengths, strict=True)
     ]
     await _idle(target, stage.display)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,10 +105,17 @@ def offline_predictions(config: ExperimentConfig) -> dict[str, Any]:
     if config.step_time is None:
         raise ConfigError("step_time: a prediction without a server needs it stated")
     fit = exact_step_time(config.step_time.law())
-    require_fitting(config.law(), limits)
-    found = predictions(config, config.law(), limits, fit, "P0")
+    workload = config.law()
+    require_fitting(workload, limits)
+    found = predictions(config, workload, limits, fit, "P0")
     summary = _summary(found) | _published(config, found["paper"]["critical_rate"]["value"])
-    return {"name": config.name, **found, "summary": summary}
+    return {"name": config.name, **found, "summary": summary | _notes([workload])}
+
+
+def _notes(workloads: Sequence[Workload]) -> dict[str, str]:
+    """What was done to the laws of lengths, as a row of the summary if there is anything."""
+    notes = "; ".join(dict.fromkeys(note for law in workloads for note in law.notes))
+    return {"note": notes} if notes else {}
 
 
 def _summary(found: Mapping[str, Any]) -> dict[str, str]:
@@ -142,10 +149,11 @@ def _published(config: ExperimentConfig, found: float) -> dict[str, str]:
 def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
     """Piecewise-stationary traffic: the harmonic mean of the regimes (theory.md 2.2)."""
     parts = []
-    for regime in config.regimes:
-        require_fitting(regime.workload.build(), limits)
+    workloads = [regime.workload.build() for regime in config.regimes]
+    for regime, workload in zip(config.regimes, workloads, strict=True):
+        require_fitting(workload, limits)
         fit = exact_step_time(regime.step_time.law())
-        parts.append(predictions(config, regime.workload.build(), limits, fit, "P0"))
+        parts.append(predictions(config, workload, limits, fit, "P0"))
     rates = {}
     for name in ("paper", "engine", "simulated"):
         estimates = [Estimate.from_dict(p[name].get("critical_rate", p[name])) for p in parts]
@@ -161,5 +169,6 @@ def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
         "regimes": parts,
         "mixture": {name: rate.to_dict() for name, rate in rates.items()},
         "summary": {name: estimate_text(rate) for name, rate in rates.items()}
-        | _published(config, rates["paper"].value),
+        | _published(config, rates["paper"].value)
+        | _notes(workloads),
     }

@@ -12,7 +12,8 @@ import aiohttp
 import numpy as np
 
 from analysis.engine import EngineSample
-from harness.engines import EngineFacts, engine_sample
+from harness.engine_metrics import engine_sample
+from harness.engines import EngineFacts
 from harness.gpu import GpuLost, GpuReader, GpuSample
 
 GONE_FAILURES = 3

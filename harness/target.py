@@ -10,9 +10,12 @@ import aiohttp
 import yaml
 
 from analysis.engine import EngineLimits
+from analysis.sglang import longest_request
 from harness.config import ConfigError, ExperimentConfig
-from harness.engines import ENGINES, EngineFacts, ServerLimits, mock_argv, read_limits
+from harness.engines import ENGINES, MOCKS, EngineFacts, mock_argv
+from harness.limits import read_limits
 from harness.server import attached, free_port, launched
+from harness.server_limits import ServerLimits
 from harness.store import Store
 from loadgen.client import open_session
 from loadgen.workload import Workload
@@ -38,11 +41,11 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
             "server: give a url or a mock to drive; without one use `critrate predict`"
         )
     server = config.server
-    facts = ENGINES["mock" if server.mock is not None else server.engine]
+    facts = ENGINES[server.engine or "vllm"] if server.mock is None else MOCKS[server.mock.engine]
     async with contextlib.AsyncExitStack() as stack:
         if server.mock is not None:
             mock_file = store.path / "mock.yaml"
-            parameters = server.mock.model_dump(mode="json", exclude_none=True)
+            parameters = server.mock.model_dump(mode="json")
             store.write_text("mock.yaml", yaml.safe_dump(parameters, sort_keys=False))
             url = f"http://127.0.0.1:{server.port or free_port()}"
             argv = [*mock_argv(mock_file), "--port", url.rsplit(":", 1)[1]]
@@ -66,7 +69,7 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
         given = config.limits
         blocks = None
         if given.pool_tokens is not None and given.block_size is not None:
-            blocks = given.pool_tokens // given.block_size + 1
+            blocks = given.pool_tokens // given.block_size
         shown = await read_limits(session, url, facts, blocks)
         yield Target(url, facts, session, shown, engine_limits(shown, config), running.poll)
 
@@ -96,13 +99,16 @@ def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits
         reserve_full_prompt=shown.reserve_full_prompt is not False,
         long_prefill_token_threshold=shown.long_prefill_token_threshold or 0,
         async_scheduling=bool(ahead),
+        sglang=shown.sglang,
     )
 
 
 def assumptions(shown: ServerLimits, config: ExperimentConfig) -> list[str]:
     """What a reader of the prediction must know of what nobody stated, one line each."""
     lines = []
-    if shown.prefix_caching:
+    if shown.sglang is not None:
+        lines += _assumptions_of_sglang(shown)
+    elif shown.prefix_caching:
         lines.append(
             "prefix caching is on: any hit breaks a premise; start the server with "
             "--no-enable-prefix-caching"
@@ -115,13 +121,41 @@ def assumptions(shown: ServerLimits, config: ExperimentConfig) -> list[str]:
     return lines
 
 
+def _assumptions_of_sglang(shown: ServerLimits) -> list[str]:
+    lines = []
+    if shown.prefix_caching:
+        lines.append(
+            "the radix cache is on: a prompt that begins like an earlier one hits it, and any hit "
+            "breaks a premise; empty it before the run (POST /flush_cache)"
+        )
+    if shown.decode_log_interval is None or shown.decode_log_interval > 1:
+        lines.append(
+            f"the gauges are up to {shown.decode_log_interval or 'an unknown number of'} decode steps "
+            "old: start the server with --decode-log-interval 1"
+        )
+    return lines
+
+
 def require_fitting(workload: Workload, limits: EngineLimits) -> None:
-    """Raise ConfigError unless the longest request fits the pool and the model length."""
+    """Raise ConfigError unless every request fits the pool, and all it declares the model length."""
     longest = int((workload.prompt_tokens + workload.output_tokens).max())
-    bounds = {"the KV pool": limits.pool_tokens, "max_model_len": limits.max_model_len}
-    for name, bound in bounds.items():
-        if bound is not None and longest > bound:
+    declared = int((workload.prompt_tokens + workload.max_tokens).max())
+    bounds = [
+        ("prompt + output", longest, "the KV pool", limits.pool_tokens),
+        ("prompt + declared max_tokens", declared, "max_model_len", limits.max_model_len),
+    ]
+    if limits.sglang is not None:
+        # It clips what it cannot set aside whole: the outputs would be shorter than designed.
+        what = "prompt + declared max_tokens"
+        room = longest_request(limits)
+        context = None if limits.max_model_len is None else limits.max_model_len - 2
+        bounds = [
+            (what, declared, "the room for one request", room),
+            (what, declared, "the context (less two tokens)", context),
+        ]
+    for what, tokens, name, bound in bounds:
+        if bound is not None and tokens > bound:
             raise ConfigError(
-                f"workload: prompt + output reach {longest} tokens, {name} of the server is {bound}: "
+                f"workload: {what} reach {tokens} tokens, {name} of the server is {bound}: "
                 f"shorten the lengths or set workload.max_total_tokens: {bound}"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config import ConfigError, load_config
+from harness.config import ConfigError, load_config, load_mock_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {
@@ -13,6 +13,11 @@ GOOD = {
     "server": {"url": "http://127.0.0.1:8000"},
     "workload": {"fixed": {"prompt": 10, "output": 10}},
 }
+
+
+MOCK = {"num_blocks": 10, "step_time": {"b0_ms": 1}}
+SGLANG = MOCK | {"sglang": {}}
+UNCUT = MOCK | {"max_num_batched_tokens": None}
 
 
 def load(tmp_path: Path, data: object):
@@ -37,6 +42,10 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
         ({"server": {}}, "server: give either url"),
         ({"server": {"url": "localhost:8000"}}, "server: url must start with"),
         ({"server": {"url": "http://x", "port": 70000}}, "server.port:"),
+        ({"server": {"mock": SGLANG | {"watermark": 0.1}}}, "mock: watermark is vLLM's"),
+        ({"server": {"mock": SGLANG, "engine": "vllm"}}, "the mock is sglang"),
+        ({"server": {"mock": UNCUT}}, "mock: max_num_batched_tokens: null needs sglang"),
+        ({"server": {"mock": SGLANG | {"sglang": {"clip": 1}}}}, "mock.sglang.clip: unknown key"),
         ({"load": {"rates": [0.85, 0]}}, "load.rates.1:"),
         ({"load": {"rates": []}}, "load: rates: give at least one"),
         ({"workload": {}}, "workload: give exactly one of"),
@@ -73,3 +82,25 @@ def test_relative_trace_files_start_at_the_config(tmp_path: Path) -> None:
         tmp_path, {**GOOD, "workload": {"trace": {"file": "t.csv", "format": "sharegpt"}}}
     )
     assert config.law().output_tokens.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("version", "whole"), [("0.5.21", False), ("0.5.22", True), ("0.5.23.post1", True)]
+)
+def test_an_sglang_mock_has_the_rules_of_its_version(
+    tmp_path: Path, version: str, whole: bool
+) -> None:
+    mock = SGLANG | {"sglang": {"version": version}, "max_num_batched_tokens": None}
+    server = load(tmp_path, GOOD | {"server": {"mock": mock}}).server
+    limits = server.mock.limits()
+    assert (limits.block_size, limits.max_num_batched_tokens) == (1, None)
+    assert limits.sglang.whole_output_of_ignore_eos == whole
+    assert server.mock.server(0, None).sglang.version == version
+
+
+def test_a_mock_reads_back_what_its_process_is_given(tmp_path: Path) -> None:
+    for mock in (MOCK, SGLANG, SGLANG | {"max_num_batched_tokens": None}):
+        given = load(tmp_path, GOOD | {"server": {"mock": mock}}).server.mock
+        path = tmp_path / "mock.yaml"
+        path.write_text(yaml.safe_dump(given.model_dump(mode="json")))
+        assert load_mock_config(path) == given

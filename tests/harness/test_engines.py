@@ -1,27 +1,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from analysis.engine import EngineSample
-from harness.engines import (
-    ENGINES,
-    MOCK,
-    VLLM,
-    LimitsUnreadable,
-    MissingMetric,
-    ServerLimits,
-    engine_sample,
-    parse_metrics,
-    read_limits,
-)
+from harness.engine_metrics import engine_sample, parse_metrics
+from harness.engines import ENGINES, MOCK, MOCK_SGLANG, SGLANG, VLLM, MissingMetric
+from harness.limits_vllm import read_vllm_limits
+from harness.server_limits import LimitsUnreadable, ServerLimits
+from tests.harness.served import Pages, with_pages
 
 # As vLLM 0.32.0 writes it, most families left out.
 METRICS = r"""# HELP python_info Python platform information
@@ -205,29 +197,12 @@ HIDDEN = (
 )
 
 
-def limits_of(
-    pages: Mapping[str, str | dict[str, object]], num_gpu_blocks: int | None = None
-) -> ServerLimits:
-    async def answer(request: web.Request) -> web.Response:
-        page = pages.get(request.path)
-        if page is None:
-            raise web.HTTPNotFound
-        return web.Response(text=page if isinstance(page, str) else json.dumps(page))
+def limits_of(pages: Pages, num_gpu_blocks: int | None = None) -> ServerLimits:
+    def read(session: aiohttp.ClientSession, url: str) -> Awaitable[ServerLimits]:
+        return read_vllm_limits(session, url, VLLM, num_gpu_blocks)
 
-    async def read() -> ServerLimits:
-        app = web.Application()
-        app.router.add_get("/{path:.*}", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            port = runner.addresses[0][1]
-            async with aiohttp.ClientSession() as session:
-                return await read_limits(session, f"http://127.0.0.1:{port}", VLLM, num_gpu_blocks)
-        finally:
-            await runner.cleanup()
-
-    return asyncio.run(read())
+    limits: ServerLimits = with_pages(pages, read)
+    return limits
 
 
 PAGES: dict[str, str | dict[str, object]] = {
@@ -297,11 +272,16 @@ def test_unreadable_limits(change: dict[str, str | dict[str, object]], message: 
 def test_a_server_that_is_not_there() -> None:
     async def read() -> None:
         async with aiohttp.ClientSession() as session:
-            await read_limits(session, "http://127.0.0.1:1", VLLM)
+            await read_vllm_limits(session, "http://127.0.0.1:1", VLLM)
 
     with pytest.raises(LimitsUnreadable, match="is the server running"):
         asyncio.run(read())
 
 
 def test_engines_by_name() -> None:
-    assert ENGINES == {"vllm": VLLM, "mock": MOCK}
+    assert ENGINES == {
+        "vllm": VLLM,
+        "sglang": SGLANG,
+        "mock": MOCK,
+        "mock_sglang": MOCK_SGLANG,
+    }

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ import pytest
 from analysis.engine import EngineLimits, check_conservation
 from analysis.step_time import StepTime
 from harness.mock import MockConfig, PacedEngine
-from harness.mock_http import serve
+from tests.harness import served
+from tests.harness.served import Talk, events
 
 LIMITS = EngineLimits(
     num_blocks=64, block_size=16, max_num_seqs=77, max_num_batched_tokens=613, max_model_len=512
 )
 STEP = StepTime(b0_s=0.002)
-
-Talk = Callable[[aiohttp.ClientSession], Awaitable[Any]]
 
 
 def config_with(**options: Any) -> MockConfig:
@@ -34,31 +32,8 @@ def config_with(**options: Any) -> MockConfig:
 
 
 def with_server(talk: Talk, **options: Any) -> Any:
-    """Run ``talk`` against a mock on a free port, in one event loop."""
-
-    async def run() -> Any:
-        stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
-        server = asyncio.ensure_future(serve(config_with(**options), port.set_result, stop))
-        try:
-            base = f"http://127.0.0.1:{await port}"
-            async with aiohttp.ClientSession(base) as session:
-                return await talk(session)
-        finally:
-            stop.set()
-            await server
-
-    return asyncio.run(run())
-
-
-async def events(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> list[Any]:
-    """The events of a streamed answer, without the closing ``[DONE]``, which must be there."""
-    async with session.post(path, json=body) as response:
-        assert response.status == 200
-        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        text = await response.text()
-    parts = text.split("\n\n")
-    assert parts[-2:] == ["data: [DONE]", ""]
-    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+    """Run ``talk`` against a mock of vLLM."""
+    return served.with_server(config_with(**options), talk)
 
 
 async def metrics(session: aiohttp.ClientSession) -> dict[str, float]:
@@ -168,6 +143,39 @@ def test_whole_completion_counts_the_prompt(prompt: Any, tokens: int) -> None:
     assert answer["usage"]["prompt_tokens"] == tokens
     assert answer["usage"]["completion_tokens"] == 16
     assert len(answer["choices"][0]["text"].split()) == 16
+
+
+@pytest.mark.parametrize(
+    ("asked", "length", "reason"),
+    [
+        ({"max_tokens": 8, "min_tokens": 2}, 3, "stop"),
+        ({"max_tokens": 8, "min_tokens": 2, "ignore_eos": True}, 3, "stop"),
+        ({"max_tokens": 8}, 1, "stop"),
+        ({"max_tokens": 8, "min_tokens": 7}, 8, "length"),
+        ({"max_tokens": 8, "logit_bias": {"9": 49.0}}, 8, "length"),
+        ({"max_tokens": 8, "stop_token_ids": [8]}, 8, "length"),
+    ],
+)
+def test_a_forced_stop_token_ends_a_request(
+    asked: dict[str, Any], length: int, reason: str
+) -> None:
+    """Stop ids count whatever ignore_eos says; min_tokens keeps them back."""
+    forced = {"stop_token_ids": [9], "logit_bias": {"9": 100}}
+    body = {"prompt": [1], "stream": True, "stream_options": {"include_usage": True}} | forced
+
+    async def talk(session: aiohttp.ClientSession) -> None:
+        *chunks, usage = await events(session, "/v1/completions", body | asked)
+        last = chunks[-1]["choices"][0]
+        assert usage["usage"]["completion_tokens"] == length == len(chunks)
+        assert (last["finish_reason"], last["stop_reason"]) == (
+            (reason, 9) if reason == "stop" else (reason, None)
+        )
+        assert (last["text"] == "") == (reason == "stop")
+        found = await metrics(session)
+        assert found[f'vllm:request_success_total{{finished_reason="{reason}"}}'] == 1
+        assert sum(v for k, v in found.items() if k.startswith("vllm:request_success_total")) == 1
+
+    with_server(talk)
 
 
 @pytest.mark.parametrize(
@@ -337,13 +345,13 @@ def test_conservation_with_abandoned_requests(asynchronous: bool) -> None:
             def push(outputs: int, finished: bool, i: int = i) -> None:
                 tokens[i] = outputs
 
-            jobs.append(paced.submit(20 + i, 5 + i, push))
+            jobs.append(paced.submit(20 + i, 5 + i, 5 + i, True, push))
             if i % 4 == 0:
                 paced.abandon(jobs[i // 2])
             await asyncio.sleep(0.002)
             joined = [job.request for job in jobs if job.request.state != "new"]
             check_conservation(paced.engine, joined)
-        while paced.shown.sample.finished < 40:
+        while paced.engine.finished + paced.engine.aborted < 40:
             await asyncio.sleep(0.01)
             assert not paced.failed.done()
         check_conservation(paced.engine, [job.request for job in jobs])

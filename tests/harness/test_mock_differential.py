@@ -12,7 +12,8 @@ import aiohttp
 import numpy as np
 import pytest
 
-from analysis.engine import Engine, EngineLimits, Request, Step
+from analysis.engine import EngineLimits, Request, SGLangRules, Step
+from analysis.scheduler import engine_of
 from analysis.simulate import SECOND_NS, Simulation, simulate
 from analysis.step_time import StepTime
 from harness.mock import MockConfig
@@ -22,16 +23,25 @@ LAW = StepTime(b0_s=0.005, b1_s_per_token=1e-5, b2_s_per_kv_token=1e-6, b3_s_per
 """Whole nanoseconds for whole tokens, so that float and integer clocks agree."""
 
 
+GAUGES = (
+    *("vllm:num_requests_running{", "vllm:num_requests_waiting{"),
+    *("sglang:num_running_reqs{", "sglang:num_queue_reqs{"),
+)
+
+
 def replay(limits: EngineLimits, rows: list[dict[str, Any]]) -> None:
-    """Play a step log through a fresh `Engine`; raise AssertionError at the first difference."""
-    engine = Engine(limits)
+    """Play a step log through a fresh engine; raise AssertionError at the first difference."""
+    engine = engine_of(limits)
     requests: dict[int, Request] = {}
     step: Step | None = None
+    end_ns = 0
     for row in rows:
         if step is not None:
             engine.complete(step)
-        for number, prompt_tokens, output_tokens, _ in row["submissions"]:
-            requests[number] = Request(number, prompt_tokens, output_tokens)
+            if row["start_ns"] > end_ns:
+                assert engine.start() is None, "idle, which the next arrival ended"
+        for number, *asked, _ in row["submissions"]:
+            requests[number] = Request(number, *asked)
             engine.submit(requests[number])
         for number in row["aborts"]:
             engine.abort(requests[number])
@@ -47,26 +57,44 @@ def replay(limits: EngineLimits, rows: list[dict[str, Any]]) -> None:
             "kv_tokens": step.kv_tokens,
         }
         assert seen == {name: row[name] for name in seen}
+        law_s = LAW(step.tokens, step.kv_tokens, len(step.scheduled))
+        end_ns = row["start_ns"] + round(law_s * SECOND_NS)
 
 
 def simulated(limits: EngineLimits, rows: list[dict[str, Any]]) -> tuple[Simulation, int]:
     """`simulate` fed with the recorded receive times, and the monotonic ns of its time zero."""
     submissions = [submission for row in rows for submission in row["submissions"]]
-    origin_ns = submissions[0][3] - SECOND_NS
-    arrival_s = np.array([(s[3] - origin_ns) / SECOND_NS for s in submissions])
-    lengths = np.array([[s[1], s[2], s[2]] for s in submissions])
+    origin_ns = submissions[0][-1] - SECOND_NS
+    arrival_s = np.array([(s[-1] - origin_ns) / SECOND_NS for s in submissions])
+    lengths = np.array([s[1:4] for s in submissions])
+    (ignore_eos,) = {s[4] for s in submissions}
     horizon_s = (rows[-1]["start_ns"] - origin_ns) / SECOND_NS + 1.0
-    return simulate(limits, LAW, arrival_s, lengths, horizon_s), origin_ns
+    run = simulate(limits, LAW, arrival_s, lengths, horizon_s, ignore_eos=ignore_eos)
+    return run, origin_ns
 
 
-def capacity(limits: EngineLimits, lengths: np.ndarray) -> float:
+def capacity(limits: EngineLimits, lengths: np.ndarray, ignore_eos: bool) -> float:
     """Requests per second of an engine whose queue is never empty, by simulation."""
-    run = simulate(limits, LAW, np.zeros(len(lengths)), lengths, 1e4)
+    run = simulate(limits, LAW, np.zeros(len(lengths)), lengths, 1e4, ignore_eos=ignore_eos)
     return len(lengths) / (max(r.last_token_ns or 0 for r in run.records) / SECOND_NS)
 
 
+def body_of(prompt: int, output: int, declared: int, ignore_eos: bool) -> dict[str, Any]:
+    """A request for exactly ``output`` tokens, of which the scheduler knows ``declared``."""
+    body = {"prompt": [7] * prompt, "max_tokens": declared, "stream": True}
+    body |= {"ignore_eos": ignore_eos}
+    if declared > output:
+        body |= {"min_tokens": output - 1, "stop_token_ids": [9], "logit_bias": {"9": 100}}
+    return body
+
+
 async def offer(
-    limits: EngineLimits, log: Path, arrival_s: np.ndarray, lengths: np.ndarray, leave: bool
+    limits: EngineLimits,
+    log: Path,
+    arrival_s: np.ndarray,
+    lengths: np.ndarray,
+    leave: bool,
+    ignore_eos: bool,
 ) -> list[tuple[int, int, int]]:
     """Offer the requests to a mock; (read began, read ended, waiting + running) of each scrape.
 
@@ -83,8 +111,8 @@ async def offer(
 
         async def one(number: int) -> None:
             await asyncio.sleep(float(arrival_s[number]))
-            prompt, output, _ = map(int, lengths[number])
-            body = {"prompt": [7] * prompt, "max_tokens": output, "stream": True}
+            prompt, output, declared = map(int, lengths[number])
+            body = body_of(prompt, output, declared, ignore_eos)
             patience_s = 0.2 if leave and number % 5 == 0 else 60.0
             try:
                 async with asyncio.timeout(patience_s):
@@ -101,7 +129,7 @@ async def offer(
                 gauges = [
                     int(float(line.split()[-1]))
                     for line in text.splitlines()
-                    if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))
+                    if line.startswith(GAUGES)
                 ]
                 scrapes.append((began_ns, time.monotonic_ns(), sum(gauges)))
                 await asyncio.sleep(0.02)
@@ -115,15 +143,21 @@ async def offer(
 
 
 def offered(
-    limits: EngineLimits, log: Path, load: float, count: int, leave: bool = False
+    limits: EngineLimits,
+    log: Path,
+    load: float,
+    count: int,
+    leave: bool = False,
+    ignore_eos: bool = True,
+    declared_more: int = 0,
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, int]]]:
     """A Poisson run at ``load`` times the capacity: its step log and its scrapes."""
     rng = np.random.default_rng(7)
     outputs = rng.integers(16, 72, count)
-    lengths = np.stack([rng.integers(8, 64, count), outputs, outputs], axis=1)
-    rate = load * capacity(limits, lengths)
+    lengths = np.stack([rng.integers(8, 64, count), outputs, outputs + declared_more], axis=1)
+    rate = load * capacity(limits, lengths, ignore_eos)
     arrival_s = 0.1 + np.cumsum(rng.exponential(1 / rate, count))
-    scrapes = asyncio.run(offer(limits, log, arrival_s, lengths, leave))
+    scrapes = asyncio.run(offer(limits, log, arrival_s, lengths, leave, ignore_eos))
     return [json.loads(line) for line in log.read_text().splitlines()], scrapes
 
 
@@ -165,6 +199,57 @@ def test_wall_clock_run_is_the_simulated_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_replay_is_exact_when_clients_leave(tmp_path: Path, asynchronous: bool) -> None:
     limits = EngineLimits(num_blocks=60, block_size=16, async_scheduling=asynchronous)
+    rows, _ = offered(limits, tmp_path / "steps.jsonl", load=2.0, count=50, leave=True)
+    assert sum(len(row["aborts"]) for row in rows) > 5
+    replay(limits, rows)
+
+
+SGLANG = [
+    pytest.param(SGLangRules(), False, True, 0, id="radix cache"),
+    pytest.param(SGLangRules(radix_cache=False), False, True, 0, id="looking ahead"),
+    pytest.param(SGLangRules(), True, True, 0, id="overlap"),
+    pytest.param(
+        SGLangRules(whole_output_of_ignore_eos=False, schedule_conservativeness=0.1),
+        *(False, True, 0),
+        id="over-committing",
+    ),
+    pytest.param(SGLangRules(schedule_conservativeness=0.1), False, False, 30, id="declared more"),
+]
+
+
+@pytest.mark.parametrize(("rules", "overlap", "ignore_eos", "declared_more"), SGLANG)
+def test_sglang_on_the_wall_clock_is_sglang_simulated(
+    tmp_path: Path, rules: SGLangRules, overlap: bool, ignore_eos: bool, declared_more: int
+) -> None:
+    limits = EngineLimits(
+        num_blocks=600,
+        block_size=1,
+        max_num_seqs=64,
+        max_num_batched_tokens=48,
+        async_scheduling=overlap,
+        sglang=rules,
+    )
+    rows, _ = offered(
+        *(limits, tmp_path / "steps.jsonl"),
+        load=1.4,
+        count=40,
+        ignore_eos=ignore_eos,
+        declared_more=declared_more,
+    )
+    assert sum(len(row["submissions"]) for row in rows) == 40
+    retracts = rules.schedule_conservativeness < 1
+    assert (rows[-1]["preemptions"] > 0) == retracts and max(r["waiting"] for r in rows) > 3
+    replay(limits, rows)
+    run, _ = simulated(limits, rows)
+    assert run.steps.running == [row["running"] for row in rows]
+    assert run.steps.waiting == [row["waiting"] for row in rows]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sglang_replay_is_exact_when_clients_leave(tmp_path: Path, overlap: bool) -> None:
+    limits = EngineLimits(
+        num_blocks=800, block_size=4, async_scheduling=overlap, sglang=SGLangRules()
+    )
     rows, _ = offered(limits, tmp_path / "steps.jsonl", load=2.0, count=50, leave=True)
     assert sum(len(row["aborts"]) for row in rows) > 5
     replay(limits, rows)

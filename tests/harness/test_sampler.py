@@ -12,11 +12,13 @@ from aiohttp import web
 
 from analysis.engine import EngineLimits, EngineSample
 from analysis.step_time import StepTime
-from harness.engines import MOCK, VLLM, MissingMetric, ServerLimits, read_limits
+from harness.engines import MOCK, VLLM, MissingMetric
 from harness.gpu import GpuLost, GpuReader, GpuSample
+from harness.limits import read_limits
 from harness.mock import MockConfig
 from harness.mock_http import serve
 from harness.sampler import SamplerStats, ServerGone, sample_engine
+from harness.server_limits import ServerLimits
 
 PAGE = """vllm:num_requests_running{engine="0"} 3.0
 vllm:num_requests_waiting{engine="0"} 1.0

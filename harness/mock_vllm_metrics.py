@@ -5,63 +5,10 @@ Only ``critrate_mock_*`` are not vLLM's: they let a run be refused whose server 
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable
 
-from analysis.engine import EngineSample
-
-_LATENCY_EDGES = (
-    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
-    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
-)
-_FIRST_TOKEN_EDGES = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
-    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-_INTER_TOKEN_EDGES = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
-    *(10.0, 20.0, 40.0, 80.0),
-)
-_ITERATION_EDGES = tuple(float(2**k) for k in (0, *range(3, 15)))
-_PREEMPTION_EDGES = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
-
-
-class Histogram:
-    """Counts of observations below each edge, and their sum."""
-
-    __slots__ = ("counts", "edges", "sum")
-
-    def __init__(self, edges: Sequence[float]) -> None:
-        self.edges = edges
-        self.counts = [0] * (len(edges) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.edges, value)] += 1
-        self.sum += value
-
-
-class Histograms:
-    """One histogram per attribute, shown as ``vllm:<attribute>``."""
-
-    def __init__(self, max_model_len: int) -> None:
-        lengths = [m * 10.0**k for k in range(9) for m in (1, 2, 5) if m * 10**k <= max_model_len]
-        self.iteration_tokens_total = Histogram(_ITERATION_EDGES)
-        self.time_to_first_token_seconds = Histogram(_FIRST_TOKEN_EDGES)
-        self.inter_token_latency_seconds = Histogram(_INTER_TOKEN_EDGES)
-        self.request_time_per_output_token_seconds = Histogram(_INTER_TOKEN_EDGES)
-        self.e2e_request_latency_seconds = Histogram(_LATENCY_EDGES)
-        self.request_queue_time_seconds = Histogram(_LATENCY_EDGES)
-        self.request_inference_time_seconds = Histogram(_LATENCY_EDGES)
-        self.request_prefill_time_seconds = Histogram(_LATENCY_EDGES)
-        self.request_decode_time_seconds = Histogram(_LATENCY_EDGES)
-        self.request_num_preemptions = Histogram(_PREEMPTION_EDGES)
-        self.request_prompt_tokens = Histogram(lengths)
-        self.request_generation_tokens = Histogram(lengths)
-        self.request_params_max_tokens = Histogram(lengths)
-
+from harness.exposition import Family, HistogramFamily, Labels, Page
+from harness.mock_vllm_books import Histograms, Shown
 
 _HISTOGRAM_HELP = {
     "iteration_tokens_total": "Histogram of number of tokens per engine_step.",
@@ -82,18 +29,8 @@ _HISTOGRAM_HELP = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """State of the engine after its last completed step: what the endpoint shows until the next."""
-
-    sample: EngineSample
-    aborted: int
-    steps: int
-    overruns: int
-
-
 _Value = Callable[[Shown], float]
-_Family = tuple[str, str, str, list[tuple[dict[str, str], _Value]]]
+_Rows = list[tuple[str, str, str, list[tuple[Labels, _Value]]]]
 
 
 def _nothing(_: Shown) -> float:
@@ -106,11 +43,13 @@ def _always(_: Shown) -> float:
 
 def _finished(reason: str) -> _Value:
     if reason == "length":
-        return lambda s: s.sample.finished - s.aborted
+        return lambda s: s.sample.finished - s.aborted - s.stopped
+    if reason == "stop":
+        return lambda s: s.stopped
     return (lambda s: s.aborted) if reason == "abort" else _nothing
 
 
-def _families() -> list[_Family]:
+def _rows() -> _Rows:
     """(name, type, help, [(labels, value)]) of every metric that is one number."""
     return [
         (
@@ -233,64 +172,21 @@ def _families() -> list[_Family]:
     ]
 
 
-def _line(name: str, labels: dict[str, str], value: str = "%r") -> str:
-    """One sample line as a template; an empty label value leaves the label out."""
-    inner = ",".join(
-        f'{key}="{_escape(label)}"' for key, label in sorted(labels.items()) if label != ""
-    )
-    return f"{name}{{{inner}}} {value}\n"
-
-
-def _escape(value: str) -> str:
-    value = value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-    return value.replace("%", "%%")
-
-
-def _head(name: str, kind: str, text: str) -> str:
-    return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
-
-
-class MetricsText:
-    """Renders the page from one template, so that a scrape costs a fraction of a millisecond."""
-
-    def __init__(
-        self, model: str, cache_config: dict[str, str], histograms: Histograms, started_s: float
-    ) -> None:
-        """``cache_config`` become the labels of ``vllm:cache_config_info``; ``started_s`` is the
-        wall time shown as the birth of every counter."""
-        labels = {"engine": "0", "model_name": model}
-        self._values: list[_Value] = []
-        self._histograms = [getattr(histograms, name) for name in _HISTOGRAM_HELP]
-        born = repr(started_s)
-        parts: list[str] = []
-        for name, kind, text, children in _families():
-            shown = f"{name}_total" if kind == "counter" else name
-            parts.append(_head(shown, kind, text))
-            for extra, value in children:
-                parts.append(_line(shown, labels | extra))
-                self._values.append(value)
-            if kind == "counter":
-                parts.append(_head(f"{name}_created", "gauge", text))
-                for extra, _ in children:
-                    parts.append(_line(f"{name}_created", labels | extra, born))
-        for name, text in _HISTOGRAM_HELP.items():
-            full = f"vllm:{name}"
-            parts.append(_head(full, "histogram", text))
-            edges = [*map(repr, map(float, getattr(histograms, name).edges)), "+Inf"]
-            parts += [_line(f"{full}_bucket", labels | {"le": edge}) for edge in edges]
-            parts += [_line(f"{full}_count", labels), _line(f"{full}_sum", labels)]
-            parts.append(_head(f"{full}_created", "gauge", text))
-            parts.append(_line(f"{full}_created", labels, born))
-        info = "vllm:cache_config_info"
-        parts.append(_head(info, "gauge", "Information of the LLMEngine CacheConfig"))
-        parts.append(_line(info, cache_config | {"engine": "0"}, "1.0"))
-        self._template = "".join(parts)
-
-    def render(self, shown: Shown) -> bytes:
-        """The page as bytes, in the Prometheus text format 0.0.4."""
-        values = [float(value(shown)) for value in self._values]
-        for histogram in self._histograms:
-            values.extend(map(float, accumulate(histogram.counts)))
-            values.append(values[-1])
-            values.append(float(histogram.sum))
-        return (self._template % tuple(values)).encode()
+def metrics_page(
+    model: str, cache_config: dict[str, str], histograms: Histograms, started_s: float
+) -> Page[Shown]:
+    """``cache_config`` become the labels of ``vllm:cache_config_info``; ``started_s`` is the wall
+    time shown as the birth of every counter."""
+    common = {"engine": "0", "model_name": model}
+    families: list[Family[Shown] | HistogramFamily] = [
+        Family(name, kind, text, [(common | extra, value) for extra, value in children])
+        for name, kind, text, children in _rows()
+    ]
+    families += [
+        HistogramFamily(f"vllm:{name}", text, [(common, getattr(histograms, name))])
+        for name, text in _HISTOGRAM_HELP.items()
+    ]
+    info: list[tuple[Labels, _Value]] = [(cache_config | {"engine": "0"}, _always)]
+    text = "Information of the LLMEngine CacheConfig"
+    families.append(Family("vllm:cache_config_info", "gauge", text, info))
+    return Page(families, started_s)
