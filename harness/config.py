@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from harness.mock_config import MockServerConfig
+from harness.mock_config import MockServerConfig, SGLangRulesConfig
 from harness.sections import Positive, Section, StepTimeConfig
 from loadgen.length_laws import lognormal
 from loadgen.prompts import FIRST_ORDINARY_ID
@@ -59,6 +59,7 @@ class LimitsConfig(Section):
     max_num_batched_tokens: Positive | None = None
     async_scheduling: bool | None = None
     watermark: Annotated[float, Field(ge=0, lt=1)] | None = None
+    sglang: SGLangRulesConfig | None = None
 
 
 class ServerConfig(Section):

@@ -98,6 +98,8 @@ def _refuse_offline_keys(config: ExperimentConfig) -> None:
     given = [name for name, value in offline.items() if value is not None]
     if config.replicas > 1:
         given.append("replicas")
+    if config.limits.sglang is not None:
+        given.append("limits.sglang")
     if given:
         raise ConfigError(
             f"{given[0]}: only `critrate predict` uses it; a run measures one server: remove it"

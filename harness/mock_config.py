@@ -15,8 +15,8 @@ from harness.sections import Positive, Section, StepTimeConfig
 VLLM_ONLY = ("watermark", "reserve_full_prompt", "long_prefill_token_threshold")
 
 
-class SGLangMockConfig(Section):
-    """What makes a mock server SGLang: its scheduler's rules, and how stale its gauges are."""
+class SGLangRulesConfig(Section):
+    """The rules of SGLang's scheduler; its own defaults."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+")] = "0.5.23"
     """From 0.5.22 on, the whole output of a request with ignore_eos is set aside."""
@@ -24,8 +24,6 @@ class SGLangMockConfig(Section):
     schedule_conservativeness: Annotated[float, Field(gt=0)] = 1.0
     radix_cache: bool = True
     clip_max_new_tokens: Positive = 4096
-    decode_log_interval: Positive = 40
-    load_snapshot_publish_interval: Positive = 15
 
     def rules(self) -> SGLangRules:
         return SGLangRules(
@@ -35,6 +33,13 @@ class SGLangMockConfig(Section):
             whole_output_of_ignore_eos=keeps_whole_output(self.version),
             clip_max_new_tokens=self.clip_max_new_tokens,
         )
+
+
+class SGLangMockConfig(SGLangRulesConfig):
+    """What makes a mock server SGLang: its scheduler's rules, and how stale its gauges are."""
+
+    decode_log_interval: Positive = 40
+    load_snapshot_publish_interval: Positive = 15
 
 
 class MockServerConfig(Section):

@@ -82,7 +82,7 @@ def stated_limits(config: ExperimentConfig) -> EngineLimits:
     given = config.limits
     if given.pool_tokens is None:
         raise ConfigError("limits.pool_tokens: a prediction without a server needs the KV pool")
-    block_size = given.block_size or 16
+    block_size = given.block_size or (16 if given.sglang is None else 1)
     if given.pool_tokens < block_size:
         raise ConfigError(
             f"limits.pool_tokens: {given.pool_tokens} do not fill a block of {block_size}"
@@ -94,6 +94,7 @@ def stated_limits(config: ExperimentConfig) -> EngineLimits:
         max_num_batched_tokens=given.max_num_batched_tokens,
         watermark=given.watermark or 0.0,
         async_scheduling=bool(given.async_scheduling),
+        sglang=None if given.sglang is None else given.sglang.rules(),
     )
 
 
