@@ -241,6 +241,7 @@ class SGLangServer:
         return web.json_response({"text": ids_to_words(tokens)})
 
     async def metrics(self, request: web.Request) -> web.Response:
+        self.books.log_idle()
         return web.Response(body=self._metrics.render(self.books), headers={"Content-Type": TEXT})
 
     async def server_info(self, request: web.Request) -> web.Response:

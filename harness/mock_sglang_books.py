@@ -23,6 +23,7 @@ SECOND_NS = 1_000_000_000
 FORCED_OUTPUT_TOKENS = 50
 """A request that is not streamed reaches the front end every so many tokens."""
 LONGEST_STEP_US = 2_000_000
+IDLE_LOG_S = 30.0
 FIRST_TOKEN_EDGES = (
     *(0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 40.0, 60.0, 80.0),
     *(100.0, 200.0, 400.0),
@@ -113,6 +114,7 @@ class SGLangBooks:
         """Decode steps since the cache was flushed: they pace the log."""
         self._last_step: Step | None = None
         self._last_launch_ns = 0
+        self._logged_s = time.monotonic()
         self.snapshot = self._state(len(engine.running), engine.free_blocks)
 
     # -- the front end ---------------------------------------------------------------------------
@@ -181,11 +183,22 @@ class SGLangBooks:
             self._log(step, running)
 
     def idled(self, t_ns: int) -> None:
-        """An idle scheduler logs at once if its gauge is wrong, and publishes."""
+        """An idle scheduler publishes, and looks after its gauges."""
         self._last_step = None
         if self.engine.running or self.engine.waiting:
             return
-        if self.gauges.running:
+        self.log_idle()
+        self.snapshot = self._state(0, self.engine.free_blocks)
+
+    def log_idle(self) -> None:
+        """An idle scheduler logs at once if it shows somebody running, and else every 30 s.
+
+        All other gauges wait for that: a queue that was given up in one moment is shown till then.
+        """
+        if self.engine.running or self.engine.waiting:
+            return
+        if self.gauges.running or time.monotonic() > self._logged_s + IDLE_LOG_S:
+            self._logged_s = time.monotonic()
             self.gauges = replace(
                 self.gauges,
                 running=0,
@@ -194,7 +207,6 @@ class SGLangBooks:
                 evictable_tokens=self._evictable(),
                 gen_throughput=0.0,
             )
-        self.snapshot = self._state(0, self.engine.free_blocks)
 
     def flush(self) -> bool:
         """Empty the radix cache; False, and nothing done, while there are requests."""
@@ -211,6 +223,7 @@ class SGLangBooks:
         return self._state(0, self.engine.free_blocks)
 
     def _log(self, step: Step, running: int) -> None:
+        self._logged_s = time.monotonic()
         gauges, page = self.gauges, self.engine.limits.block_size
         throughput, sum_seq_lens = gauges.gen_throughput, gauges.sum_seq_lens
         if not step.prefill:

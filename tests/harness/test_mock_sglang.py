@@ -19,7 +19,7 @@ from harness.engine_metrics import engine_sample
 from harness.engines import MOCK_SGLANG
 from harness.mock import MockConfig, SGLangSettings
 from harness.mock_books import Ended
-from harness.mock_sglang_books import SGLangBooks
+from harness.mock_sglang_books import Gauges, SGLangBooks
 from harness.mock_sglang_metrics import SGLangMetrics
 from loadgen.client import complete, open_session
 from loadgen.prompts import completion_body
@@ -535,3 +535,18 @@ def test_our_client_reads_the_stream(declared: int) -> None:
 def test_our_client_sees_a_refusal_within_a_stream() -> None:
     record = with_server(lambda session: our_client(session, 1100, 7))
     assert record.outcome == "failed" and POOL in str(record.error)
+
+
+def test_a_queue_that_was_given_up_at_once_is_shown_for_up_to_30_s() -> None:
+    """As the real one: only a wrong number of running requests is put right at once."""
+    engine = SGLangEngine(EngineLimits(num_blocks=100, block_size=1, sglang=SGLangRules()))
+    books = SGLangBooks(engine, log_interval=1, publish_interval=1)
+    books.gauges = Gauges(waiting=7)
+    books.log_idle()
+    assert books.gauges.waiting == 7
+    books._logged_s -= 31
+    books.log_idle()
+    assert books.gauges.waiting == 0
+    books.gauges = Gauges(running=1, waiting=7)
+    books.log_idle()
+    assert (books.gauges.running, books.gauges.waiting) == (0, 0)
