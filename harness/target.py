@@ -110,7 +110,7 @@ def assumptions(shown: ServerLimits, config: ExperimentConfig) -> list[str]:
         lines += _assumptions_of_sglang(shown)
     elif shown.prefix_caching:
         lines.append(
-            "prefix caching is on: any hit breaks a premise; start the server with "
+            "prefix caching is on: hits beyond 2 % of the prompts break a premise; start the server with "
             "--no-enable-prefix-caching"
         )
     if shown.async_scheduling is None and config.limits.async_scheduling is None:
@@ -125,8 +125,8 @@ def _assumptions_of_sglang(shown: ServerLimits) -> list[str]:
     lines = []
     if shown.prefix_caching:
         lines.append(
-            "the radix cache is on: a prompt that begins like an earlier one hits it, and any hit "
-            "breaks a premise; empty it before the run (POST /flush_cache)"
+            "the radix cache is on: hits beyond 2 % of the prompts break a premise; empty it before "
+            "the run (POST /flush_cache)"
         )
     if shown.decode_log_interval is None or shown.decode_log_interval > 1:
         lines.append(
