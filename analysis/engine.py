@@ -171,9 +171,11 @@ class Step:
 
 
 class Engine:
-    """State and verbs that the schedulers share; the rules are in `_schedule` and `complete`."""
+    """State and verbs that the schedulers share; the rules are in `_schedule`."""
 
     new_token_ratio: float | None = None
+    keeps_late_tokens = True
+    """Whether a preempted request keeps the token of a step that was in flight."""
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
@@ -223,7 +225,33 @@ class Engine:
 
     def complete(self, step: Step) -> list[tuple[Request, bool]]:
         """Deliver a step's output tokens: ``(request, finished)`` for each token, blocks freed."""
-        raise NotImplementedError
+        delivered: list[tuple[Request, bool]] = []
+        prompt_tokens = 0
+        for (request, _), samples in zip(step.scheduled, step.samples, strict=True):
+            request.steps_in_flight -= 1
+            late = request.stale > 0
+            if late:
+                request.stale -= 1
+            if not samples or request.state in ("finished", "aborted"):
+                continue
+            if late and not self.keeps_late_tokens:
+                continue
+            if not late:
+                request.in_flight -= 1
+            request.outputs += 1
+            if not request.prefilled_once:
+                request.prefilled_once = True
+                prompt_tokens += request.prompt_tokens
+            finished = request.outputs == request.output_tokens
+            if finished:
+                self._finish(request)
+            delivered.append((request, finished))
+        if delivered:
+            self.steps_with_output += 1
+            self.step_tokens += len(delivered) + prompt_tokens
+            self.prompt_tokens += prompt_tokens
+            self.generation_tokens += len(delivered)
+        return delivered
 
     def sample(self, t_ns: int) -> EngineSample:
         """What the metrics endpoint would show now."""
@@ -250,14 +278,6 @@ class Engine:
     def _schedule(self) -> Step | None:
         """Choose a step and allocate its blocks; None if there is nothing to run."""
         raise NotImplementedError
-
-    def _count_delivered(self, delivered: int, prompt_tokens: int) -> None:
-        """Counters of a step that delivered tokens, a prompt counted when it completes."""
-        if delivered:
-            self.steps_with_output += 1
-            self.step_tokens += delivered + prompt_tokens
-            self.prompt_tokens += prompt_tokens
-            self.generation_tokens += delivered
 
     def _finish(self, request: Request) -> None:
         self._remove(request)

@@ -40,6 +40,8 @@ UNBOUNDED = 1 << 62
 class SGLangEngine(Engine):
     """State of SGLang's scheduler; see the module's docstring for its rules."""
 
+    keeps_late_tokens = False
+
     def __init__(self, limits: EngineLimits) -> None:
         assert limits.sglang is not None
         super().__init__(limits)
@@ -83,29 +85,6 @@ class SGLangEngine(Engine):
         self.steps_scheduled += 1
         self._advance(step)
         return step
-
-    def complete(self, step: Step) -> list[tuple[Request, bool]]:
-        delivered: list[tuple[Request, bool]] = []
-        prompt_tokens = 0
-        for (request, _), samples in zip(step.scheduled, step.samples, strict=True):
-            request.steps_in_flight -= 1
-            if request.stale > 0:
-                # The token of a request that was retracted in the meantime is lost.
-                request.stale -= 1
-                continue
-            if not samples or request.state != "running":
-                continue
-            request.in_flight -= 1
-            request.outputs += 1
-            if not request.prefilled_once:
-                request.prefilled_once = True
-                prompt_tokens += request.prompt_tokens
-            finished = request.outputs == request.output_tokens
-            if finished:
-                self._finish(request)
-            delivered.append((request, finished))
-        self._count_delivered(len(delivered), prompt_tokens)
-        return delivered
 
     # -- the batch -------------------------------------------------------------------------------
 

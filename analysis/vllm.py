@@ -36,30 +36,6 @@ class VLLMEngine(Engine):
         self._advance(step)
         return step
 
-    def complete(self, step: Step) -> list[tuple[Request, bool]]:
-        """Deliver a step's output tokens: ``(request, finished)`` for each token, blocks freed."""
-        delivered: list[tuple[Request, bool]] = []
-        prompt_tokens = 0
-        for (request, _), samples in zip(step.scheduled, step.samples, strict=True):
-            request.steps_in_flight -= 1
-            was_stale = request.stale > 0
-            if was_stale:
-                request.stale -= 1
-            if not samples or request.state in ("finished", "aborted"):
-                continue
-            if not was_stale:
-                request.in_flight -= 1
-            request.outputs += 1
-            if not request.prefilled_once:
-                request.prefilled_once = True
-                prompt_tokens += request.prompt_tokens
-            finished = request.outputs == request.output_tokens
-            if finished:
-                self._finish(request)
-            delivered.append((request, finished))
-        self._count_delivered(len(delivered), prompt_tokens)
-        return delivered
-
     # -- the two halves of a step ----------------------------------------------------------------
 
     def _schedule_running(self, step: Step, budget: int, threshold: int) -> int:

@@ -110,8 +110,8 @@ def assumptions(shown: ServerLimits, config: ExperimentConfig) -> list[str]:
         lines += _assumptions_of_sglang(shown)
     elif shown.prefix_caching:
         lines.append(
-            "prefix caching is on: hits beyond 2 % of the prompts break a premise; start the server with "
-            "--no-enable-prefix-caching"
+            "prefix caching is on: hits beyond 2 % of the prompts break a premise; start the server "
+            "with --no-enable-prefix-caching"
         )
     if shown.async_scheduling is None and config.limits.async_scheduling is None:
         lines.append(
