@@ -18,11 +18,12 @@ from analysis.frames import (
     RunFrames,
     departures_s,
     number_in_system,
-    started,
     tokens_received,
 )
 from analysis.growth import Backlog, batch_edges, batch_mean
+from analysis.set_aside import RESERVED_SHARE, set_aside, set_aside_ratio, unusable_share
 from analysis.verdict import Check
+from loadgen.workload import Workload
 
 STEP_BATCHES = 10
 MIN_SAMPLES = 10
@@ -32,8 +33,12 @@ FOREIGN_REQUESTS = 3
 FOREIGN_SHARE = 0.05
 BALANCE_TOLERANCE = 0.02
 KV_BOUND_USAGE = 0.90
-"""Mean KV usage within steps above which the KV cache is what refuses requests: what is left free is
-less than the next prompt needs."""
+NEARLY_ALL = 0.97
+HEAD_ROOM = 1.5
+"""The KV cache is what refuses requests when 90 % of it are in use or set aside on average, or 97 %
+less one and a half times what the head of the queue cannot use, if that is lower: what is left is
+less than the head needs."""
+OCCUPANCY_INSTANTS = 100
 PINNED_SPREAD = 0.02
 FULL_STEP = 0.85
 """A step counts a prompt when it completes and recomputed tokens not at all: full steps read less than
@@ -59,6 +64,8 @@ class Saturation:
     step_halves_s: tuple[float, float]
     """Mean step of the first and of the second half of the window."""
     preemptions_per_request: float
+    full_at: float
+    """Share of the pool in use and set aside from which it counts as full."""
     set_aside: float
     """Mean share of the pool set aside for outputs to come; 0 for an engine that sets none aside."""
     steps_per_decode: float
@@ -92,7 +99,7 @@ def step_time(frames: RunFrames, start_s: float, end_s: float) -> Estimate | Non
 
 
 def saturation(
-    frames: RunFrames, window: Backlog, limits: EngineLimits, ignore_eos: bool = True
+    frames: RunFrames, window: Backlog, limits: EngineLimits, workload: Workload
 ) -> Saturation | None:
     """Occupancy and cadence under backlog; None when the engine hardly stepped.
 
@@ -114,6 +121,10 @@ def saturation(
     held = done["prompt_tokens"] + done["output_tokens"] - 1
     blocks = float(np.ceil(held / limits.block_size).mean()) if len(done) else 0.0
     returned = float(finished / steps.sum()) * blocks / limits.num_blocks
+    at_s = np.linspace(window.start_s, window.end_s, OCCUPANCY_INSTANTS)
+    ratio = set_aside_ratio(frames, at_s, limits, workload.ignore_eos)
+    aside = set_aside(frames, at_s, limits, ratio)
+    left = unusable_share(workload, limits, float(ratio.mean()))
     return Saturation(
         window=window,
         kv_usage=min(float(inside["kv_usage"].mean()) + returned, 1.0),
@@ -128,34 +139,10 @@ def saturation(
             float((edges[2] - edges[1]) / steps[1]),
         ),
         preemptions_per_request=float(preempted / max(finished, 1.0)),
-        set_aside=set_aside(frames, window, limits, ignore_eos),
+        set_aside=float(aside.mean()),
+        full_at=min(KV_BOUND_USAGE, NEARLY_ALL - HEAD_ROOM * left),
         steps_per_decode=_token_gap_s(done, window) / mean_step.value if limits.sglang else 1.0,
     )
-
-
-def set_aside(frames: RunFrames, window: Backlog, limits: EngineLimits, ignore_eos: bool) -> float:
-    """Mean share of the pool that an engine sets aside for outputs to come, under backlog.
-
-    By the rule that it states (`analysis.sglang`), for the requests that the client saw running: what
-    each declared and has not yet received, times the ratio that the engine shows (1 for requests
-    that ignore the end of text, from the version on that sets their whole output aside).
-    """
-    rules = limits.sglang
-    if rules is None:
-        return 0.0
-    at_s = np.linspace(window.start_s, window.end_s, 100)
-    begun = started(frames)
-    first, last, declared = (
-        begun[column].to_numpy(dtype=float)[:, None]
-        for column in ("first_token_s", "last_token_s", "max_tokens")
-    )
-    to_come = np.clip(declared - tokens_received(frames, at_s), 0, rules.clip_max_new_tokens)
-    ended = (begun["outcome"] == "completed").to_numpy()[:, None] & (at_s[None, :] >= last)
-    running = (at_s[None, :] >= first) & ~ended
-    tokens = np.where(running, to_come, 0.0).sum(axis=0)
-    if not (ignore_eos and rules.whole_output_of_ignore_eos):
-        tokens = tokens * counter_at(frames, "new_token_ratio", at_s)
-    return float(tokens.mean()) / limits.pool_tokens
 
 
 def _token_gap_s(done: pd.DataFrame, window: Backlog) -> float:
@@ -176,10 +163,8 @@ def binding_resource(saturated: Saturation, limits: EngineLimits) -> str:
     budget when steps are as full as it allows. "unknown" when none of them explains the queue: a
     front end, or a limit nobody named.
     """
-    if saturated.kv_usage >= KV_BOUND_USAGE:
-        return "kv_cache"
-    if saturated.set_aside > 0 and saturated.kv_usage + saturated.set_aside >= KV_BOUND_USAGE:
-        return "output_reservation"
+    if saturated.kv_usage + saturated.set_aside >= saturated.full_at:
+        return "output_reservation" if saturated.set_aside > RESERVED_SHARE else "kv_cache"
     limit, budget = limits.max_num_seqs, limits.max_num_batched_tokens
     if limit is None and saturated.running_pinned:
         return "max_num_seqs"

@@ -192,7 +192,8 @@ def _mean(workload: Workload, values: Floats, unit: str, method: str) -> Estimat
 
 
 def _inputs_digest(workload: Workload, limits: EngineLimits, step_time: StepTimeFit) -> str:
-    hashed = hashlib.sha256(json.dumps(asdict(limits), sort_keys=True).encode())
+    stated = {"limits": asdict(limits), "ignore_eos": workload.ignore_eos}
+    hashed = hashlib.sha256(json.dumps(stated, sort_keys=True).encode())
     arrays = (workload.prompt_tokens, workload.output_tokens, workload.max_tokens)
     for array in (*arrays, workload.weight, step_time.law.coefficients(), step_time.covariance):
         hashed.update(np.ascontiguousarray(array).tobytes())

@@ -70,11 +70,10 @@ class EngineLimits:
 
     @property
     def prefill_chunk(self) -> int | None:
-        """Most tokens of a step that computes prompts alone; None where decodes run beside them."""
+        """Most tokens of one prompt in a step of its own; None where decodes run beside them."""
         if self.sglang is None:
             return None
-        bounds = (self.max_num_batched_tokens, self.sglang.max_prefill_tokens)
-        return min(b for b in bounds if b is not None)
+        return self.max_num_batched_tokens or self.pool_tokens
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> EngineLimits:

@@ -16,6 +16,7 @@ from loadgen.records import LoadFidelity
 from loadgen.workload import Workload
 
 OVERRUN_LIMIT = 0.01
+PACE_LIMIT = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,14 @@ class MeasuredRun:
     overrun: float | None
     """Share of a mock server's steps that ran late; None for a real engine."""
     warnings: tuple[str, ...] = ()
+    pace: float | None = None
+    """Mean step over the law that a paced engine was set to, less 1; None where none was set."""
 
     @property
     def valid(self) -> bool:
-        return self.fidelity.valid and (self.overrun is None or self.overrun <= OVERRUN_LIMIT)
+        in_time = self.overrun is None or self.overrun <= OVERRUN_LIMIT
+        paced = self.pace is None or abs(self.pace) <= PACE_LIMIT
+        return self.fidelity.valid and in_time and paced
 
 
 @dataclass(frozen=True, eq=False)

@@ -193,7 +193,7 @@ def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[s
     """Refuted, or a premise of the paper failed and the model with that mechanism explains it."""
     evidence = found.evidence
     binds = binding_resource(best.saturated, evidence.limits)
-    if evidence.prediction.claim == "paper" and binds != "kv_cache":
+    if evidence.prediction.claim == "paper" and _premise_of(found, binds):
         explained = ratio(best.by_work, evidence.engine.critical_rate, "measured over engine model")
         inside = explained.at_level(0.90)
         reasons += (
@@ -207,6 +207,12 @@ def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[s
     causes, advice = _causes(found, best, share, binds)
     headline = f"{100 * (abs(share.value - 1)):.0f} % {side} than predicted"
     return Ruling("refuted", headline, reasons + causes, advice)
+
+
+def _premise_of(found: _Findings, binds: str) -> bool:
+    """Did a premise of the paper fail that this mechanism breaks?"""
+    broken = "no output reservation" if binds == "output_reservation" else "KV cache binds"
+    return any(check.name == broken and check.holds is False for check in found.premises)
 
 
 def _mechanism(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from reprlib import repr as short
+from typing import Any, Literal, TypeVar
 
 LayerKind = Literal["full", "sliding", "chunked"]
 
@@ -19,7 +20,10 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 HEADS = ("num_attention_heads", "n_head")
 HIDDEN = ("hidden_size", "n_embd")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
-OTHER_NAME_OF_KV_HEADS = re.compile("kv.*head|head.*kv|(query|attention)_group")
+OTHER_NAME_OF_KV_HEADS = re.compile(
+    "(kv|key_value).*head|head.*(kv|key_value)|(query|attention)_group"
+)
+MOST, MOST_LAYERS = 10**9, 10_000
 
 # Without the key these classes fill in a number of their own, so that an absent one says nothing.
 OWN_KV_HEADS = {
@@ -51,11 +55,20 @@ UNMODELLED = {
     "layers whose KV heads differ in number or size": (
         *("global_head_dim", "num_global_key_value_heads", "swa_num_key_value_heads"),
         *("swa_head_dim", "block_configs", "attention_other_setting"),
+        "num_key_value_heads_per_layer",
     ),
     "an indexer with a cache of its own": ("index_topk",),
     "a compressed KV cache": ("compress_ratios",),
-    "cross-attention beside self-attention": ("is_encoder_decoder",),
+    "cross-attention beside self-attention": (
+        *("is_encoder_decoder", "cross_attention_layers", "add_cross_attention"),
+    ),
 }
+UNMODELLED_TYPES = {
+    "a family of encoders": re.compile("bert|electra|mpnet|longformer|big_?bird|layoutlm|^esm"),
+    STATE: re.compile("rwkv|mamba|retnet|xlstm"),
+}
+JSON_TYPES = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+JsonT = TypeVar("JsonT", bool, str, list[Any], dict[str, Any])
 
 
 class UnknownShape(ValueError):
@@ -90,14 +103,15 @@ class ModelShape:
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape that a ``config.json`` states; that of its text model where it nests one.
 
-    Raises UnknownShape with the key that is missing or that is not counted here.
+    Raises UnknownShape with the key that is missing, of a wrong type, or not counted here.
     """
     text = _text_config(config)
-    model_type = str(text.get("model_type", config.get("model_type", "")))
+    model_type = _typed(text, "model_type", str) or _typed(config, "model_type", str) or ""
     for holder in (config, text):
         _refuse_unmodelled(holder)
+    _refuse_types(text, model_type)
     read: list[str] = []
-    count = _whole(text, LAYERS)
+    count = _whole(text, LAYERS, most=MOST_LAYERS)
     layers, window_tokens = _layer_kinds(text, model_type, count, read)
     if text.get("kv_lora_rank") is not None:
         if model_type not in LATENT:
@@ -125,8 +139,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in NESTED:
-        nested = config.get(key)
-        if isinstance(nested, Mapping) and nested:
+        nested = _typed(config, key, dict)
+        if nested:
             return nested
     return config
 
@@ -134,16 +148,27 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _refuse_unmodelled(text: Mapping[str, Any]) -> None:
     for what, keys in UNMODELLED.items():
         for key in keys:
-            if text.get(key) and not (key == "attn_type_list" and set(text[key]) == {1}):
+            value = text.get(key)
+            attention_only = isinstance(value, list) and all(one == 1 for one in value)
+            if value and not (key == "attn_type_list" and attention_only):
                 raise UnknownShape(f"{key} in the config means {what}: not counted here")
     apart = text.get("v_head_dim") not in (None, text.get("head_dim"))
     if apart and text.get("kv_lora_rank") is None:
         raise UnknownShape("v_head_dim differs from head_dim: not counted here")
 
 
+def _refuse_types(text: Mapping[str, Any], model_type: str) -> None:
+    for what, types in UNMODELLED_TYPES.items():
+        if types.search(model_type):
+            raise UnknownShape(f"model_type {model_type!r} means {what}: not counted here")
+    for name in _texts(text, "architectures") or []:
+        if name.endswith("ForMaskedLM"):
+            raise UnknownShape(f"architectures names {name!r}, an encoder: not counted here")
+
+
 def _kv_heads(text: Mapping[str, Any], model_type: str, heads: int, read: list[str]) -> int:
-    grouped_falcon = text.get("new_decoder_architecture") is True
-    if text.get("multi_query") is True and not grouped_falcon:
+    grouped_falcon = _typed(text, "new_decoder_architecture", bool) is True
+    if _typed(text, "multi_query", bool) and not grouped_falcon:
         read.append("multi_query: one KV head")
         return 1
     if any(text.get(key) is not None for key in KV_HEADS):
@@ -155,7 +180,7 @@ def _kv_heads(text: Mapping[str, Any], model_type: str, heads: int, read: list[s
         raise UnknownShape(
             f"num_key_value_heads is missing, and {model_type} does not mean {heads} by that"
         )
-    others = [key for key in text if OTHER_NAME_OF_KV_HEADS.search(key)]
+    others = [key for key in text.keys() - KV_HEADS if OTHER_NAME_OF_KV_HEADS.search(key)]
     if others:
         raise UnknownShape(f"num_key_value_heads is missing, and {others[0]} is not read here")
     read.append(f"no num_key_value_heads: {heads}, as many as attention heads")
@@ -180,16 +205,17 @@ def _layer_kinds(
     text: Mapping[str, Any], model_type: str, count: int, read: list[str]
 ) -> tuple[tuple[LayerKind, ...], int | None]:
     """The kind of each layer, and the window of those that are not full (None without any)."""
-    if model_type.startswith("llama4") and text.get("attention_chunk_size"):
-        kinds = _listed(text, count) or _llama4(text, count, read)
-        return _checked(kinds, _whole(text, ("attention_chunk_size",)))
-    window = text.get("sliding_window")
     listed = _listed(text, count)
+    chunk = _whole_or_none(text, "attention_chunk_size")
+    if model_type.startswith("llama4") and chunk:
+        return _checked(listed or _llama4(text, count, read), chunk)
+    window = _whole_or_none(text, "sliding_window")
+    use_window = _typed(text, "use_sliding_window", bool)
     if listed is not None and not ({"sliding", "chunked"} & set(listed)):
         return _all_full(count), None
     if listed is None and "sliding_window" not in text and model_type in OWN_WINDOW:
         raise UnknownShape(f"sliding_window is missing, and {model_type} has one of its own")
-    if text.get("use_sliding_window") is False or (listed is None and not window):
+    if use_window is False or (listed is None and not window):
         return _all_full(count), None
     window = _whole(text, ("sliding_window",))
     if model_type == "cohere2":
@@ -209,7 +235,7 @@ def _checked(kinds: tuple[LayerKind, ...], window: int) -> tuple[tuple[LayerKind
 
 def _listed(text: Mapping[str, Any], count: int) -> tuple[LayerKind, ...] | None:
     """The kinds that ``layer_types`` states; None without it."""
-    types = text.get("layer_types")
+    types = _texts(text, "layer_types")
     if types is None:
         return None
     if len(types) != count:
@@ -258,34 +284,61 @@ def _either(kind: LayerKind, windowed: Iterable[int]) -> tuple[LayerKind, ...]:
 
 
 def _llama4(text: Mapping[str, Any], count: int, read: list[str]) -> tuple[LayerKind, ...]:
-    rotary = text.get("no_rope_layers")
+    rotary = _typed(text, "no_rope_layers", list)
     if not rotary:
-        period = text.get("no_rope_layer_interval") or 4
-        rotary = [(layer + 1) % period for layer in range(count)]
+        period = _whole_or_none(text, "no_rope_layer_interval", least=1) or 4
+        rotary = [(layer + 1) % period > 0 for layer in range(count)]
         read.append(f"no no_rope_layers: every {period}th layer is full, the others chunked")
     if len(rotary) != count:
         raise UnknownShape(f"no_rope_layers names {len(rotary)} layers, not {count}")
+    if any(flag not in (0, 1) for flag in rotary):
+        raise UnknownShape(f"no_rope_layers must hold 0 and 1 alone, got {short(rotary)}")
     return _either("chunked", rotary)
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
     """The model's own type of number; None where the weights or the quantisation decide."""
-    quantisation = config.get("quantization_config") or text.get("quantization_config") or {}
-    inner = quantisation.get("quantization") or {}
+    quantisation = _typed(config, "quantization_config", dict)
+    quantisation = quantisation or _typed(text, "quantization_config", dict) or {}
+    inner = _typed(quantisation, "quantization", dict, "quantization_config.") or {}
     if any(part.get(key) for part in (quantisation, inner) for key in KV_QUANTISED):
         return None
     for holder in (text, config):
         for key in ("dtype", "torch_dtype"):
-            if isinstance(holder.get(key), str):
-                return str(holder[key]).removeprefix("torch.")
+            dtype = _typed(holder, key, str)
+            if dtype is not None:
+                return dtype.removeprefix("torch.")
     return None
 
 
-def _whole(text: Mapping[str, Any], names: tuple[str, ...], least: int = 1) -> int:
+def _typed(holder: Mapping[str, Any], key: str, kind: type[JsonT], where: str = "") -> JsonT | None:
+    """The value of ``key``; None where it is absent or null."""
+    value = holder.get(key)
+    if value is None or isinstance(value, kind):
+        return value
+    raise UnknownShape(f"{where}{key} must be {JSON_TYPES[kind]}, got {short(value)}")
+
+
+def _texts(holder: Mapping[str, Any], key: str) -> list[str] | None:
+    values = _typed(holder, key, list)
+    if not all(isinstance(value, str) for value in values or []):
+        raise UnknownShape(f"{key} must be a list of texts, got {short(values)}")
+    return values
+
+
+def _whole_or_none(text: Mapping[str, Any], key: str, least: int = 0) -> int | None:
+    return None if text.get(key) is None else _whole(text, (key,), least)
+
+
+def _whole(
+    text: Mapping[str, Any], names: tuple[str, ...], least: int = 1, most: int = MOST
+) -> int:
     for name in names:
         value = text.get(name)
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UnknownShape(f"{name} must be one whole number from {least}, got {value!r}")
+            if type(value) is not int or not least <= value <= most:
+                raise UnknownShape(
+                    f"{name} must be one whole number from {least} to {most}, got {short(value)}"
+                )
             return value
     raise UnknownShape(f"{names[0]} is missing in the config")

@@ -227,12 +227,16 @@ def cut_off(running: float, cv2: float, limit: int) -> tuple[float, float]:
     return running * share + limit * float(norm.sf(z)) - sd * float(norm.pdf(z)), share
 
 
-def _fill_memory(workload: Workload, limits: EngineLimits, demand: Demand) -> float:
-    """Requests per step with memory as full as head-of-line prompts and prefill let it be."""
+def head_room_tokens(workload: Workload, limits: EngineLimits) -> float:
+    """Tokens that the prompt at the head of the queue leaves free on average; see the module."""
     block = limits.block_size
     prompts = -(-workload.prompt_tokens // block) * block
-    head = (workload.mean(prompts**2) / workload.mean(prompts) - block) / 2
-    room = limits.pool_tokens - head
+    return (workload.mean(prompts**2) / workload.mean(prompts) - block) / 2
+
+
+def _fill_memory(workload: Workload, limits: EngineLimits, demand: Demand) -> float:
+    """Requests per step with memory as full as head-of-line prompts and prefill let it be."""
+    room = limits.pool_tokens - head_room_tokens(workload, limits)
     kv, tokens = workload.mean(demand.kv), workload.mean(demand.tokens)
     budget = limits.max_num_batched_tokens
     if budget is None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from analysis.audit import KV_BOUND_USAGE, STEADY_TOLERANCE, Saturation, binding_resource
+from analysis.audit import STEADY_TOLERANCE, Saturation, binding_resource
 from analysis.evidence import Evidence
+from analysis.set_aside import RESERVED_SHARE
 from analysis.verdict import Check
 
-RESERVED_SHARE = 0.05
-"""Share of the pool set aside for outputs to come that moves the critical rate by as much."""
 PREFIX_HIT_SHARE = 0.02
 """Share of prompt tokens from the cache that moves the critical rate by no more."""
 
@@ -89,7 +88,7 @@ def _kv_binds(evidence: Evidence, saturated: Saturation | None) -> Check:
         name=name,
         holds=binds in ("kv_cache", "output_reservation"),
         observed=saturated.kv_usage,
-        threshold=KV_BOUND_USAGE,
+        threshold=saturated.full_at,
         text=f"{binds} binds: under backlog the KV cache was {100 * saturated.kv_usage:.1f} % full "
         f"with {saturated.running:.1f} requests running",
     )

@@ -10,13 +10,14 @@ demand, and
 
 which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three further terms:
 
-* *Room that cannot be used.* The head of the queue needs X = s + d tokens and finds less:
-  u = E[X^2] / (2 E[X]) on average. Looking ahead asks only for the prompt of the head, so that
-  u = E[X (s - d)] / (2 E[X]).
+* *Room that cannot be used.* The head of the queue is asked for N tokens, s + d, or s when looking
+  ahead, and keeps a = s + rho d of them: room lies anywhere in [N - a, N] while it waits, so that
+  u = E[a (2 N - a)] / (2 E[a]); with N = a = X = s + d that is E[X^2] / (2 E[X]).
 * *Prefill steps.* Prompts are computed when a request leaves and the head then fits. On the line of
   room, heads are a renewal process of density 1 / E[X], and one decode step uncovers the stretch S
   of those that it completes, a Poisson number of them with mean x: the chance of a head in it is
-  E[min(X, S)] / E[X]. Long prompts are cut, and take as many steps as they have chunks.
+  E[min(X, S)] / E[X]. Long prompts are cut, and take as many steps as they have chunks. Requests of
+  one output leave with their prefill step: their room admits others at once, a chain of passes.
 * *rho.* Requests that may end early count with ``new_token_ratio``, which falls to its floor unless
   the pool overflows first; see `saturated_ratio`.
 """
@@ -24,10 +25,11 @@ which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from analysis import kv_demand
@@ -62,6 +64,11 @@ MODEL_ERROR_FIXED = 0.06
 number of prefill steps depends on how the batch was filled. Fed from empty the critical rate was
 within 1 % of the closed form, under overload by 10 to 30 % up to 16 % above it."""
 
+MODEL_ERROR_LOOKING = 0.08
+"""The same for the older rule that looks ahead and counts running requests by the ratio."""
+MODEL_ERROR_ALONE = 0.15
+"""The same, over the number running, as whole requests fit or do not: noticeable below ten."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reserving:
@@ -73,6 +80,7 @@ class Reserving:
     """Completions that the pool and its reservations alone would allow, in room that can be used."""
     ceilings: dict[CeilingName, float]
     """Completions that each resource alone would allow."""
+    running: float
     prefill_steps: float
     """Prefill steps per request."""
     ratio: float
@@ -91,8 +99,12 @@ class ReservedDemand:
     """Token-steps held or set aside between decode steps."""
     to_come: Floats
     """Declared tokens still to come, summed over its decode steps: what rho multiplies."""
-    charge: Floats
-    """X: tokens that admission asks for."""
+    asked: Floats
+    """N: tokens that admission asks for."""
+    kept: Floats
+    """a: tokens that are held and set aside right after admission."""
+    declared: Floats
+    """X: the prompt and the whole declared output."""
     decode_steps: Floats
 
 
@@ -131,7 +143,7 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
         demand,
         supply,
         Operation(found.requests / stretch, found.memory_share, 0.0),
-        _model_error(workload, found),
+        _model_error(workload, limits, found),
         tuple(notes),
         settling_steps=0 if found.ratio == 1 else math.ceil(RATIO_DECAY_STEPS * stretch),
     )
@@ -161,10 +173,13 @@ def sglang_demand(
     )
 
 
-def _model_error(workload: Workload, found: Reserving) -> float:
+def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> float:
+    error = MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
     if _nearly_fixed(workload):
-        return MODEL_ERROR_FIXED
-    return MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
+        error = MODEL_ERROR_FIXED
+    elif looks_ahead(workload, limits) and found.ratio < 1:
+        error = MODEL_ERROR_LOOKING
+    return math.hypot(error, MODEL_ERROR_ALONE / found.running)
 
 
 def _nearly_fixed(workload: Workload) -> bool:
@@ -188,13 +203,17 @@ def reserved_demand(workload: Workload, limits: EngineLimits, ratio: float) -> R
     assert limits.sglang is not None
     s, o, page = workload.prompt_tokens, workload.output_tokens, limits.block_size
     held = rounded_sum(s + o - 2, page) - rounded_sum(s - 1, page)
+    prompt = -(-s // page) * page
     declared = np.minimum(workload.max_tokens, limits.sglang.clip_max_new_tokens)
     to_come = declared_to_come(workload, limits.sglang)
+    ahead = looks_ahead(workload, limits)
     return ReservedDemand(
         decode_kv=(rounded_sum(s + o - 1, page) - rounded_sum(s, page)).astype(float),
         reserved=held + ratio * to_come,
         to_come=to_come,
-        charge=(-(-s // page) * page + page + declared).astype(float),
+        asked=(prompt + page + (0 if ahead else declared)).astype(float),
+        kept=np.where(o > 1, prompt + page + ratio * declared, 0.0),
+        declared=(prompt + page + declared).astype(float),
         decode_steps=(o - 1).astype(float),
     )
 
@@ -216,41 +235,71 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     assert limits.sglang is not None
     if int(workload.output_tokens.max()) < 2:
         raise ValueError(f"{workload.name}: every output is one token, so that no step decodes")
-    ratio = 1.0 if sets_all_aside(workload, limits) else saturated_ratio(workload, limits)
-    demand = reserved_demand(workload, limits, ratio)
-    by_pool = usable_tokens(workload, limits, demand) / workload.mean(demand.reserved)
-    in_batch = workload.mean(demand.decode_steps)
+    alone = float(workload.weight[workload.output_tokens == 1].sum())
+    law = _decoding(workload)
+    ratio = 1.0 if sets_all_aside(law, limits) else saturated_ratio(law, limits)
+    demand = reserved_demand(law, limits, ratio)
+    in_batch = law.mean(demand.decode_steps)
+    # A request that fits an empty pool always finds one.
+    by_pool = max(usable_tokens(law, limits, demand) / law.mean(demand.reserved), 1 / in_batch)
     ceilings: dict[CeilingName, float] = {
-        "kv_cache": limits.pool_tokens / workload.mean(demand.decode_kv),
-        "output_reservation": limits.pool_tokens / workload.mean(demand.reserved),
+        "kv_cache": limits.pool_tokens / law.mean(demand.decode_kv),
+        "output_reservation": limits.pool_tokens / law.mean(demand.reserved),
     }
     x, share = by_pool, 1.0
     if limits.max_num_seqs is not None:
         ceilings["max_num_seqs"] = limits.max_num_seqs / in_batch
-        spread = second_moment_of_reserved(workload, demand) / in_batch
-        cv2 = spread / (workload.mean(demand.reserved) / in_batch) ** 2 - 1
+        spread = second_moment_of_reserved(law, demand) / in_batch
+        cv2 = spread / (law.mean(demand.reserved) / in_batch) ** 2 - 1
         running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
         x = running / in_batch
     by_rows = -math.expm1(-x) / x
-    events = share * _heads_uncovered(workload, demand, x, ratio) + (1 - share) * by_rows
+    events = share * _heads_uncovered(law, demand, x, ratio) + (1 - share) * by_rows
+    passes = events * (1 - alone) * _chain(alone, events * (1 - alone))
     return Reserving(
-        requests=x,
-        by_pool=by_pool,
-        ceilings=ceilings,
-        prefill_steps=events * _steps_per_event(workload, limits, events),
+        requests=x / (1 - alone),
+        by_pool=by_pool / (1 - alone),
+        ceilings={name: ceiling / (1 - alone) for name, ceiling in ceilings.items()},
+        running=x * in_batch,
+        prefill_steps=passes * _steps_per_pass(workload, limits, max(1 / passes, 1.0)),
         ratio=ratio,
         memory_share=share,
     )
 
 
+def _decoding(workload: Workload) -> Workload:
+    """The law of the requests that decode, those of two outputs or more."""
+    some = workload.output_tokens > 1
+    if some.all():
+        return workload
+    return replace(
+        workload,
+        prompt_tokens=workload.prompt_tokens[some],
+        output_tokens=workload.output_tokens[some],
+        max_tokens=workload.max_tokens[some],
+        weight=workload.weight[some] / workload.weight[some].sum(),
+        observed=workload.observed[some],
+    )
+
+
+def _chain(alone: float, events: float) -> float:
+    """Passes of admission in a row, when a share ``alone`` of the requests leaves with its pass.
+
+    The first pass admits (1 - alone) / events, each next one takes the room of those who left.
+    """
+    passes, admitted = 1.0, (1 - alone) / events
+    for _ in range(1000):
+        admitted *= alone
+        if admitted < 1e-6:
+            break
+        passes -= math.expm1(-admitted)
+    return passes
+
+
 def usable_tokens(workload: Workload, limits: EngineLimits, demand: ReservedDemand) -> float:
     """The pool less the room u that the head of the queue leaves; see the module."""
-    needed = demand.charge
-    taken = needed
-    if looks_ahead(workload, limits):
-        declared = workload.max_tokens
-        taken = workload.prompt_tokens - declared.astype(float)
-    u = workload.mean(needed * taken) / (2 * workload.mean(needed))
+    kept = demand.kept
+    u = workload.mean(kept * (2 * demand.asked - kept)) / (2 * workload.mean(kept))
     return limits.pool_tokens - u
 
 
@@ -311,7 +360,7 @@ def _ratio_after_retraction(workload: Workload) -> float:
 
 def _heads_uncovered(workload: Workload, demand: ReservedDemand, x: float, ratio: float) -> float:
     """Passes of admission that admit somebody, per request, while the pool is what limits."""
-    charge = demand.charge
+    charge = demand.declared
     law, width = _on_lattice(charge, workload.weight)
     size = LATTICE * 2 ** math.ceil(math.log2(8 + 4 * x))
     completed = np.fft.irfft(np.exp(x * (np.fft.rfft(law, size) - 1)), size)
@@ -332,7 +381,7 @@ def _bursts(workload: Workload, demand: ReservedDemand, x: float, ratio: float) 
     exponential below b and normal above.
     """
     s, o, d = workload.prompt_tokens, workload.output_tokens, workload.max_tokens
-    b = workload.mean(demand.charge)
+    b = workload.mean(demand.declared)
     a = min(workload.mean(s + ratio * d), b)
     variance = x * workload.mean((s + o) ** 2)
     passes = -math.expm1(-x)
@@ -343,25 +392,31 @@ def _bursts(workload: Workload, demand: ReservedDemand, x: float, ratio: float) 
     return above / (above + below) * passes / x
 
 
-def _steps_per_event(workload: Workload, limits: EngineLimits, events: float) -> float:
-    """Prefill steps that one pass of admission takes, as prompts are cut into chunks.
+def _steps_per_pass(workload: Workload, limits: EngineLimits, prompts: float) -> float:
+    """Prefill steps that one pass takes which admits so many prompts on average.
 
-    The prompts of one pass are a geometric number of them with mean 1 / events.
+    Their number is taken as Poisson, given that it is not zero. A step takes a chunk of them, or,
+    where ``max_prefill_tokens`` come first, whole prompts until they are reached: the last one then
+    runs over by E[s^2] / (2 E[s]), or, where prompts are never cut, stays out.
     """
-    chunk = limits.prefill_chunk
-    assert chunk is not None
-    prompts = workload.prompt_tokens.astype(float)
-    if prompts.max() / min(events, 1.0) * 8 <= chunk:
+    assert limits.sglang is not None
+    chunk, most = limits.max_num_batched_tokens, limits.sglang.max_prefill_tokens
+    lengths = workload.prompt_tokens
+    mean = workload.mean(lengths)
+    if chunk is None or chunk > most:
+        over = workload.mean(lengths * lengths) / (2 * mean)
+        step = max(most - over, mean) if chunk is None else min(most + over, float(chunk))
+        return max(1.0, prompts * mean / step)
+    if prompts <= 1.0 + 1e-9 and lengths.max() <= chunk:
         return 1.0
-    alone = min(events, 1.0)
-    law, width = _on_lattice(prompts, workload.weight)
-    size = LATTICE * 2 ** math.ceil(math.log2(16 / alone))
+    rate = float(brentq(lambda r: r / -math.expm1(-r) - prompts, 1e-9, prompts + 1.0))
+    law, width = _on_lattice(lengths.astype(float), workload.weight)
+    size = LATTICE * 2 ** math.ceil(math.log2(4 + 2 * rate + 8 * math.sqrt(rate)))
     once = np.fft.rfft(law, size)
-    together = np.fft.irfft(alone * once / (1 - (1 - alone) * once), size)
+    together = np.fft.irfft(np.expm1(rate * once) / math.expm1(rate), size)
     cumulative = np.cumsum(together)
-    bounds = np.arange(chunk, size * width, chunk)
-    at = np.minimum((bounds / width).astype(np.int64), size - 1)
-    return 1.0 + float(np.clip(1 - cumulative[at], 0, 1).sum())
+    at = (np.arange(chunk, size * width, chunk) / width).astype(np.int64)
+    return 1.0 + float(np.clip(1 - cumulative[np.minimum(at, size - 1)], 0, 1).sum())
 
 
 def _on_lattice(values: Floats, weight: Floats) -> tuple[Floats, float]:

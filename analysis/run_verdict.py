@@ -9,7 +9,14 @@ import numpy as np
 
 from analysis.audit import Saturation, saturation, step_time
 from analysis.estimate import Estimate
-from analysis.evidence import OVERRUN_LIMIT, Evidence, MeasuredRun, variance_ratio, work_demand
+from analysis.evidence import (
+    OVERRUN_LIMIT,
+    PACE_LIMIT,
+    Evidence,
+    MeasuredRun,
+    variance_ratio,
+    work_demand,
+)
 from analysis.growth import (
     CAPACITY_BATCHES,
     backlogged_window,
@@ -98,6 +105,11 @@ def _why_invalid(run: MeasuredRun) -> str:
     failed = [c.name for c in run.fidelity.checks if c.passed is False]
     if run.overrun is not None and run.overrun > OVERRUN_LIMIT:
         failed.append(f"mock server: {100 * run.overrun:.1f} % of its steps ran late")
+    if run.pace is not None and abs(run.pace) > PACE_LIMIT:
+        failed.append(
+            f"paced engine: its steps were {100 * run.pace:+.1f} % off the time they were set to, "
+            f"{100 * PACE_LIMIT:.0f} % are allowed"
+        )
     return "invalid: " + ", ".join(failed)
 
 
@@ -120,8 +132,7 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     residence_s = float((done["last_token_s"] - done["first_token_s"]).mean())
     if window is None or not window.duration_s >= MIN_BACKLOG_RESIDENCES * residence_s:
         return None
-    ignore_eos = evidence.workload.ignore_eos
-    saturated = saturation(run.frames, window, evidence.limits, ignore_eos)
+    saturated = saturation(run.frames, window, evidence.limits, evidence.workload)
     if saturated is None:
         return None
     demand = evidence.workload.mean(work_demand(evidence.workload))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,136 @@ def test_which_layers_slide(config: dict[str, Any], marks: str, window: int | No
         (PLAIN | {"num_kv_shared_layers": 4}, "layers that share one KV cache"),
         (PLAIN | {"v_head_dim": 32, "head_dim": 64}, "v_head_dim differs from head_dim"),
         (PLAIN | {"is_encoder_decoder": True}, "cross-attention"),
+        (
+            {"model_type": "mllama", "text_config": PLAIN | {"cross_attention_layers": [3, 8]}},
+            "cross_attention_layers in the config means cross-attention",
+        ),
+        (PLAIN | {"add_cross_attention": True}, "add_cross_attention in the config means"),
+        (
+            PLAIN | {"num_key_value_heads_per_layer": [4] * 12},
+            "num_key_value_heads_per_layer in the config means layers whose KV heads differ",
+        ),
+        (
+            without(PLAIN | {"key_value_head_count": 2}, "num_key_value_heads"),
+            "num_key_value_heads is missing, and key_value_head_count is not read here",
+        ),
+        (PLAIN | {"model_type": "bert"}, "model_type 'bert' means a family of encoders"),
+        (PLAIN | {"model_type": "xlm-roberta"}, "model_type 'xlm-roberta' means a family of"),
+        (PLAIN | {"model_type": "rwkv5"}, "model_type 'rwkv5' means layers that keep a state"),
+        (
+            PLAIN | {"model_type": "new", "architectures": ["NewForMaskedLM"]},
+            "architectures names 'NewForMaskedLM', an encoder",
+        ),
     ],
 )
 def test_what_is_not_counted_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UnknownShape) as error:
         model_shape(config)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+FALCON = without(PLAIN, "num_key_value_heads") | {"multi_query": False}
+MOVES = SLIDING | {"use_sliding_window": True, "max_window_layers": 9}
+LISTED = SLIDING | {"layer_types": ["full_attention"] * 5 + ["sliding_attention"] * 7}
+NESTING = {"model_type": "llava", "text_config": PLAIN, "torch_dtype": "float16"}
+QUANTISED = PLAIN | {"quantization_config": {"quant_method": "fp8", "quantization": {}}}
+BASES = (PLAIN, FALCON, SLIDING, MOVES, LISTED, LATENT, LLAMA4, NESTING, QUANTISED)
+WHOLE = ("12", 4.0, -1, True, [12], {"a": 1}, float("nan"), 10**30)
+FLAG = ("false", 0, 1, [], {})
+TEXT = (5, 1.5, True, [], {})
+LIST = (5, "full_attention", True, {}, [None] * 12, [[]] * 12, [5] * 12)
+OBJECT = ("fp8", "", 5, 0, False, [])
+
+
+@pytest.mark.parametrize(
+    "base, key, values",
+    [
+        (PLAIN, "num_hidden_layers", (*WHOLE, 0, "", 10_001)),
+        (PLAIN, "num_attention_heads", (*WHOLE, 0, "")),
+        (PLAIN, "num_key_value_heads", (*WHOLE, 0, "")),
+        (PLAIN, "hidden_size", (*WHOLE, 0, "")),
+        (PLAIN, "head_dim", (*WHOLE, 0, "")),
+        (LATENT, "kv_lora_rank", (*WHOLE, 0, "")),
+        (LATENT, "qk_rope_head_dim", (*WHOLE, 0, "")),
+        (PLAIN, "sliding_window", (*WHOLE, "", [], False)),
+        (LISTED, "sliding_window", (*WHOLE, "", 0)),
+        (MOVES, "max_window_layers", (*WHOLE, "", [])),
+        (SLIDING, "sliding_window_pattern", (*WHOLE, "LLLG", 0)),
+        (LLAMA4, "attention_chunk_size", (*WHOLE, "", [], False)),
+        (LLAMA4, "no_rope_layer_interval", (*WHOLE, 0, "")),
+        (LLAMA4, "no_rope_layers", (*LIST, [1], ["0"] * 12, 0, "")),
+        (LISTED, "layer_types", (*LIST, [])),
+        (PLAIN, "architectures", LIST),
+        (MOVES, "use_sliding_window", FLAG),
+        (FALCON, "multi_query", FLAG),
+        (FALCON, "new_decoder_architecture", FLAG),
+        (PLAIN, "model_type", TEXT),
+        (PLAIN, "torch_dtype", TEXT),
+        (PLAIN, "dtype", TEXT),
+        (PLAIN, "quantization_config", OBJECT),
+        (PLAIN, "text_config", OBJECT),
+        (PLAIN, "attn_type_list", (5, "1", [[1]], {"a": 1})),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_named(
+    base: dict[str, Any], key: str, values: tuple[object, ...]
+) -> None:
+    for value in values:
+        with pytest.raises(UnknownShape, match=rf"^{key} ") as error:
+            model_shape(base | {key: value})
+        assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_the_quantisation_of_a_quantisation_is_named() -> None:
+    config = PLAIN | {"quantization_config": {"quantization": "fp8"}}
+    with pytest.raises(UnknownShape, match=r"^quantization_config\.quantization must be an object"):
+        model_shape(config)
+
+
+# Every key that is read, and those of the bases.
+KEYS = sorted(
+    {
+        *("head_dim", "v_head_dim", "n_layer", "n_head", "n_embd", "num_kv_heads", "dtype"),
+        *("sliding_window_pattern", "no_rope_layers", "no_rope_layer_interval", "architectures"),
+        *("attn_type_list", "new_decoder_architecture", "is_encoder_decoder", "llm_config"),
+        *(key for base in BASES for key in base),
+    }
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 40),
+    st.sampled_from([2**31, 10**30]),
+    st.floats(),
+    st.sampled_from(["", "12", "fp8", "float16", "full_attention", "gemma2", "llama4", "mistral"]),
+)
+VALUES = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=3),
+    SCALARS.map(lambda one: [one] * 12),
+    st.dictionaries(st.sampled_from([*KEYS, "quantization", "kv_cache_scheme"]), SCALARS),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(BASES),
+    st.sets(st.sampled_from(KEYS), max_size=3),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_no_config_ends_in_another_error(
+    base: dict[str, Any], left_out: set[str], change: dict[str, Any], nested: bool
+) -> None:
+    config = without(base, *left_out) | change
+    with suppress(UnknownShape, ImpossibleCache):
+        shape = model_shape({"text_config": config} if nested else config)
+        for dtype in ("fp8", "auto"):
+            cache = kv_cache(shape, dtype, 2, 2)
+            assert cache.request_bytes(1000) > 0
+            with suppress(ImpossibleCache):
+                assert vllm_pool(cache, GIB).requests(1000) >= 0
+            assert sglang_pool(cache, GIB).capacity_tokens(1000) > 0
 
 
 def test_attention_in_every_layer_is_no_reason_to_refuse() -> None:

@@ -1,6 +1,5 @@
 """The operating point of an engine that sets room aside: closed forms, and the scheduler itself."""
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -74,23 +73,34 @@ def test_uniform_lengths_keep_71_percent() -> None:
 
 def test_declaring_more_costs_as_much_as_using_it() -> None:
     """With everything set aside, x is the pool over E[(s + d) (o - 1)] whatever the outputs are."""
-    bounds = limits(100_000, whole_output_of_ignore_eos=True)
-    short = reserving(fixed(50, 50), bounds).by_pool
+    bounds = limits(100_000)
+    found = reserved_demand(declared(early(fixed(50, 50)), max_tokens=200), bounds, 1.0)
+    assert found.reserved[0] == 49 * (50 + 200 - 1)
+    used = reserved_demand(fixed(50, 200), bounds, 1.0)
+    assert used.reserved[0] / used.decode_steps[0] == found.reserved[0] / found.decode_steps[0]
     exact = (100_000 - 101 / 2) / (99 * 49)
-    assert short == pytest.approx(exact, rel=0.001)
+    assert reserving(fixed(50, 50), bounds).by_pool == pytest.approx(exact, rel=0.001)
 
 
-def test_room_of_the_head_of_the_queue() -> None:
-    """E[X^2] / (2 E[X]) of s + d and a page, and E[X (s - d)] / (2 E[X]) when looking ahead."""
-    bounds = limits(10_000)
+@pytest.mark.parametrize(("radix", "ratio"), [(True, 1.0), (True, 0.3), (False, 1.0)])
+def test_room_of_the_head_of_the_queue(radix: bool, ratio: float) -> None:
+    """Mean of the room that a head leaves, when it is refused below N and keeps a: by playing it."""
     law = uniform((10, 20), (30, 60))
-    x = np.array([s + o + 1 for s, o in itertools.product(range(10, 21), range(30, 61))])
-    difference = np.array([s - o for s, o in itertools.product(range(10, 21), range(30, 61))])
-    usable = usable_tokens(law, bounds, reserved_demand(law, bounds, 1.0))
-    assert usable == pytest.approx(10_000 - (x**2).mean() / 2 / x.mean())
-    ahead = limits(10_000, radix_cache=False)
-    usable = usable_tokens(law, ahead, reserved_demand(law, ahead, 1.0))
-    assert usable == pytest.approx(10_000 - (x * difference).mean() / 2 / x.mean())
+    if ratio < 1:
+        law = replace(law, ignore_eos=False)
+    bounds = limits(10_000, radix_cache=radix)
+    usable = usable_tokens(law, bounds, reserved_demand(law, bounds, ratio))
+    rng = np.random.default_rng(1)
+    room, seen = 0.0, []
+    for s, d, _ in law.sample(rng, 20_000).tolist():
+        asked = s + 1 + (d if radix else 0)
+        # Room comes back little by little until the head fits.
+        seen += [room + (asked - room) * t for t in (0.25, 0.75)] if asked > room else []
+        weights = max(asked - room, 0.0)
+        seen[-2:] = [(v, weights / 2) for v in seen[-2:]] if weights else seen[-2:]
+        room = max(room, asked) - (s + 1 + ratio * d)
+    values, weight = np.array(seen).T
+    assert 10_000 - usable == pytest.approx(float(values @ weight / weight.sum()), abs=0.5)
 
 
 def test_equal_requests_one_at_a_time_need_one_prefill_step_each() -> None:
@@ -134,6 +144,12 @@ def test_the_ratio_falls_to_its_floor_in_a_large_pool_and_is_lifted_in_a_small_o
         (uniform((256, 768), (8, 24)), limits(16_384, chunk=512), 0.02),
         (early(WIDE, 3.0), limits(8192), 0.06),
         (early(WIDE), limits(32_768), 0.03),
+        (uniform((50, 150), (1, 8)), limits(8192), 0.04),
+        (uniform((256, 768), (1, 15)), limits(16_384), 0.03),
+        (uniform((512, 1536), (32, 96)), limits(32_768, chunk=None, max_prefill_tokens=512), 0.02),
+        (declared(early(DECODE), max_tokens=1000), limits(32_768), 0.05),
+        (uniform((100, 500), (100, 500)), limits(2048), 0.06),
+        (uniform((100, 500), (100, 500)), limits(16_384, page=64), 0.012),
     ],
 )
 def test_closed_form_against_the_scheduler(
