@@ -94,7 +94,7 @@ class Page(Generic[StateT]):
         name = family.name
         self._parts.append(_head(name, "histogram", family.help))
         for labels, histogram in family.children:
-            edges = [*map(repr, map(float, histogram.edges)), "+Inf"]
+            edges = [*map(_edge, histogram.edges), "+Inf"]
             self._parts += [_line(f"{name}_bucket", labels | {"le": edge}) for edge in edges]
             self._parts += [_line(f"{name}_count", labels), _line(f"{name}_sum", labels)]
             self._sources.append(histogram)
@@ -104,6 +104,15 @@ class Page(Generic[StateT]):
         if self._born is not None:
             self._parts.append(_head(f"{name}_created", "gauge", text))
             self._parts += [_line(f"{name}_created", labels, self._born) for labels in children]
+
+
+def _edge(edge: float) -> str:
+    """As prometheus_client writes it: from 1e6 on with an exponent."""
+    whole, _, rest = repr(float(edge)).partition(".")
+    if len(whole) < 7:
+        return f"{whole}.{rest}"
+    digits = f"{whole[0]}.{whole[1:]}{rest}".rstrip("0").rstrip(".")
+    return f"{digits}e+{len(whole) - 1:02}"
 
 
 def _line(name: str, labels: Labels, value: str = "%r") -> str:

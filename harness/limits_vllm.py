@@ -5,6 +5,7 @@ Read in `config/cache.py` and `entrypoints/serve/dev/server_info`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from harness.server_limits import (
 
 CACHE_INFO = "vllm:cache_config_info"
 """Info gauge whose labels are the KV cache's configuration."""
+_OF_SGLANG = re.compile("^sglang:", re.MULTILINE)
 _BOOLEANS = {"True": True, "False": False}
 _SCHEDULER_FIELDS = {
     "max_num_seqs": "max_num_seqs",
@@ -77,6 +79,11 @@ async def read_vllm_limits(
 def _cache_config(text: str, facts: EngineFacts, version: str | None) -> dict[str, str]:
     """Labels of the one cache that the server has."""
     caches = parse_metrics(text, frozenset({CACHE_INFO})).get(CACHE_INFO, [])
+    if not caches and _OF_SGLANG.search(text):
+        raise LimitsUnreadable(
+            f"this server is SGLang (names at {facts.metrics_path} begin with sglang:), it was taken "
+            "for vLLM: set server.engine: sglang in the configuration"
+        )
     if not caches:
         raise LimitsUnreadable(
             f"{facts.name} {version} shows no {CACHE_INFO} at {facts.metrics_path}: "

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from aiohttp import web
 
@@ -101,6 +102,16 @@ class ChunkEvents:
         return prompt_tokens, prompt_tokens + outputs, outputs
 
 
+def as_json(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """An answer without blanks and with a bare content type, as both engines' frameworks give it."""
+    return web.Response(
+        body=json.dumps(data, separators=(",", ":")).encode(),
+        status=status,
+        headers=headers,
+        content_type="application/json",
+    )
+
+
 def _ending(asked: Asked) -> tuple[bytes, bytes]:
     stop = b"null" if asked.stop_token is None else b"%d" % asked.stop_token
     return b'"%b"' % asked.finish_reason.encode(), stop
@@ -160,8 +171,8 @@ class Answers:
         self._given += 1
         return Words(self._cycle, (self._given - 1) * 7919)
 
-    async def whole(self, asked: Asked) -> Job:
-        """Wait until the request has its last token."""
+    async def whole(self, asked: Asked, refused: bool = False) -> Job:
+        """Wait until the request has its last token, which no client sees if it is ``refused``."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def push(_: int, finished: bool) -> None:
@@ -169,6 +180,7 @@ class Answers:
                 done.set_result(None)
 
         job = self._submitted(asked, push)
+        job.refused = refused
         await self._wait(job, done)
         return job
 

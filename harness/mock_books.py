@@ -24,6 +24,8 @@ class Job:
     counted: int = 0
     """Output tokens that the front end has seen."""
     abandoned: bool = False
+    refused: bool = False
+    """Its one token is computed in place of a prompt that the scheduler refuses."""
 
 
 @dataclass(frozen=True, slots=True)

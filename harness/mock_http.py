@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from harness.mock import MockConfig, PacedEngine
+from harness.mock_answers import as_json
 from harness.mock_requests import ApiError, NoSuchRoute
 from harness.mock_sglang import SGLangServer
 from harness.mock_sglang_dialect import error_body as sglang_error
@@ -47,10 +48,11 @@ def errors_as_json(error_body: ErrorBody) -> Middleware:
         try:
             return await handler(request)
         except ApiError as error:
-            return web.json_response(error_body(request.path, error), status=error.code)
+            return as_json(error_body(request.path, error), error.code)
         except web.HTTPException as error:
             unknown = NoSuchRoute(error.reason, code=error.status)
-            return web.json_response(error_body(request.path, unknown), status=error.status)
+            allowed = {k: v for k, v in error.headers.items() if k == "Allow"}
+            return as_json(error_body(request.path, unknown), error.status, allowed)
 
     return answer
 

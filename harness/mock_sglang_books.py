@@ -128,7 +128,8 @@ class SGLangBooks:
             return
         front = self.streamed if job.streamed else self.whole
         if not job.counted:
-            front.time_to_first_token.observe((job.first_ns - job.receive_ns) / SECOND_NS)
+            if not job.refused:
+                front.time_to_first_token.observe((job.first_ns - job.receive_ns) / SECOND_NS)
             self.queue_time.observe((job.scheduled_ns - job.receive_ns) / SECOND_NS)
         else:
             new = request.outputs - job.counted

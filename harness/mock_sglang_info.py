@@ -6,19 +6,32 @@ from typing import Any
 
 from harness.mock import MockConfig
 from harness.mock_sglang_books import SGLangBooks
-from harness.mock_sglang_dialect import longest_input
+from harness.mock_sglang_intake import longest_input
 
 LOADS_SECTIONS = frozenset({"core", "memory", "spec", "lora", "disagg", "queues", "all"})
+GRAPH_PHASES = (
+    *("prefill", "decode", "target_verify"),
+    *("draft_prefill", "draft_decode", "draft_extend"),
+)
 
 
 def server_info(config: MockConfig, books: SGLangBooks) -> dict[str, Any]:
     """The arguments that matter to a scheduler, flat, and its state, as /server_info shows them."""
     arguments = _arguments(config)
-    state = {
+    state: dict[str, Any] = {
         "world_size": 1,
         "effective_max_running_requests_per_dp": config.limits.max_num_seqs,
         "last_gen_throughput": books.gauges.gen_throughput,
-        "memory_usage": {"token_capacity": _claimed_tokens(config), "token_capacity_swa": None},
+        "memory_usage": {
+            "weight": 0.0,
+            "kvcache": 0.0,
+            "startup_available": 0.0,
+            "token_capacity": _claimed_tokens(config),
+            "token_capacity_swa": None,
+            "graph": dict.fromkeys(GRAPH_PHASES, 0.0),
+        },
+        "decode_cuda_graph_bs": [],
+        "decode_cuda_graph_memory_gb": 0.0,
     }
     return {
         **arguments,
@@ -132,7 +145,16 @@ def loads(config: MockConfig, books: SGLangBooks, sections: set[str]) -> dict[st
             "token_capacity": _claimed_tokens(config),
         }
     if sections & {"disagg", "all"}:
-        load["disaggregation"] = {"mode": "null"}
+        load["disaggregation"] = {
+            "mode": "null",
+            "prefill_bootstrap_queue_reqs": 0,
+            "prefill_inflight_queue_reqs": 0,
+            "decode_prealloc_queue_reqs": 0,
+            "decode_transfer_queue_reqs": 0,
+            "decode_retracted_queue_reqs": 0,
+            "kv_transfer_speed_gb_s": 0.0,
+            "kv_transfer_latency_ms": 0.0,
+        }
     if sections & {"queues", "all"}:
         load["queues"] = {
             "waiting": seen.waiting,

@@ -1,18 +1,48 @@
 """What the mock server shows at ``/metrics`` as SGLang 0.5.23: its names, labels and bucket edges.
 
-As in SGLang, some series exist only once they have something to count. Only ``critrate_mock_*`` are not
+As in SGLang, some series exist only once they have something to count; those of requests that are not
+streamed are there from the start, as after the real server's warm-up request, which is not counted here.
+Families that say nothing of one plain scheduler are left out (routing keys, disaggregation, stages, HTTP
+requests by route). Only ``critrate_mock_*`` are not
 SGLang's: they let a run be refused whose server ran late.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from analysis.engine import EngineLimits
 from harness.exposition import Family, HistogramFamily, Labels, Page
 from harness.mock_sglang_books import SGLangBooks
 
+BY_PROCESS = ("num_retracted_reqs", "num_paused_reqs")
+"""Gauges whose label sets name the process."""
 _Value = Callable[[SGLangBooks], float]
+
+
+class _There(NamedTuple):
+    """Which series exist already."""
+
+    retracted: bool
+    aborted: bool
+    several_tokens: bool
+    streamed_token: bool
+    streamed: bool
+    streamed_tokens: bool
+
+    @classmethod
+    def of(cls, books: SGLangBooks) -> _There:
+        streamed = books.streamed
+        return cls(
+            retracted=books.engine.preemptions > 0,
+            aborted=books.engine.aborted > 0,
+            several_tokens=books.inter_token_latency.sum > 0,
+            streamed_token=any(streamed.time_to_first_token.counts),
+            streamed=streamed.requests > 0,
+            streamed_tokens=any(streamed.time_per_output_token.counts),
+        )
 
 
 def _nothing(_: SGLangBooks) -> float:
@@ -41,29 +71,26 @@ class SGLangMetrics:
             "context_len": ("Maximum context length.", context_len),
         }
         self._page: Page[SGLangBooks] | None = None
-        self._there: tuple[bool, ...] = ()
+        self._there: _There | None = None
 
     def render(self, books: SGLangBooks) -> bytes:
         """The page as bytes, in the Prometheus text format 0.0.4."""
-        there = (
-            books.engine.preemptions > 0,
-            books.engine.aborted > 0,
-            books.inter_token_latency.sum > 0,
-        )
+        there = _There.of(books)
         if self._page is None or there != self._there:
             self._there = there
-            self._page = Page(self._families(books))
+            self._page = Page(self._families(books, there))
         return self._page.render(books)
 
-    def _families(self, books: SGLangBooks) -> list[Family[SGLangBooks] | HistogramFamily]:
-        retracted, aborted, several_tokens = self._there
+    def _families(
+        self, books: SGLangBooks, there: _There
+    ) -> list[Family[SGLangBooks] | HistogramFamily]:
         families: list[Family[SGLangBooks] | HistogramFamily] = []
         families += self._gauges()
         families += self._scheduler_counters()
-        if retracted:
+        if there.retracted:
             families += self._retractions()
-        families += self._front_end(books)
-        if aborted:
+        families += self._front_end(there)
+        if there.aborted:
             families.append(
                 Family(
                     "sglang:num_aborted_requests",
@@ -72,7 +99,7 @@ class SGLangMetrics:
                     [(self._front, lambda b: b.engine.aborted)],
                 )
             )
-        families += self._histograms(books, several_tokens)
+        families += self._histograms(books, there)
         families += _of_the_mock()
         return families
 
@@ -126,8 +153,14 @@ class SGLangMetrics:
         }
         for name, (text, number) in self._constants.items():
             rows[name] = (text, _constant(number))
+        of_process = {"pid": str(os.getpid())}
         return [
-            Family(f"sglang:{name}", "gauge", text, [(self._scheduler, value)])
+            Family(
+                f"sglang:{name}",
+                "gauge",
+                text,
+                [(self._scheduler | (of_process if name in BY_PROCESS else {}), value)],
+            )
             for name, (text, value) in rows.items()
         ]
 
@@ -167,7 +200,8 @@ class SGLangMetrics:
             for what, value in rows.items()
         ]
 
-    def _front_end(self, books: SGLangBooks) -> list[Family[SGLangBooks]]:
+    def _front_end(self, there: _There) -> list[Family[SGLangBooks]]:
+        fronts = {"false": "whole"} | ({"true": "streamed"} if there.streamed else {})
         rows: dict[str, tuple[str, str]] = {
             "prompt_tokens": ("Number of prefill tokens processed.", "prompt_tokens"),
             "generation_tokens": ("Number of generation tokens processed.", "generation_tokens"),
@@ -179,20 +213,19 @@ class SGLangMetrics:
                 "counter",
                 text,
                 [
-                    (self._front | {"is_streaming": "false"}, _of("whole", attribute)),
-                    (self._front | {"is_streaming": "true"}, _of("streamed", attribute)),
+                    (self._front | {"is_streaming": flag}, _of(front, attribute))
+                    for flag, front in fronts.items()
                 ],
             )
             for name, (text, attribute) in rows.items()
         ]
 
-    def _histograms(self, books: SGLangBooks, several_tokens: bool) -> list[HistogramFamily]:
-        both = {"false": books.whole, "true": books.streamed}
-
-        def by_streaming(name: str, attribute: str, text: str) -> HistogramFamily:
+    def _histograms(self, books: SGLangBooks, there: _There) -> list[HistogramFamily]:
+        def by_streaming(name: str, attribute: str, text: str, streamed: bool) -> HistogramFamily:
+            fronts = {"false": books.whole} | ({"true": books.streamed} if streamed else {})
             children = [
                 (self._front | {"is_streaming": flag}, getattr(front, attribute))
-                for flag, front in both.items()
+                for flag, front in fronts.items()
             ]
             return HistogramFamily(f"sglang:{name}", text, children)
 
@@ -201,17 +234,20 @@ class SGLangMetrics:
                 "time_to_first_token_seconds",
                 "time_to_first_token",
                 "Histogram of time to first token in seconds.",
+                there.streamed_token,
             ),
             by_streaming(
                 "e2e_request_latency_seconds",
                 "e2e_latency",
                 "Histogram of End-to-end request latency in seconds",
+                there.streamed,
             ),
             by_streaming(
                 "request_time_per_output_token_seconds",
                 "time_per_output_token",
                 "Per-request TPOT in seconds: (finished_time - first_token_time) / "
                 "(completion_tokens - 1).",
+                there.streamed_tokens,
             ),
         ]
         plain = [
@@ -232,7 +268,7 @@ class SGLangMetrics:
                 books.output_lengths,
             ),
         ]
-        if several_tokens:
+        if there.several_tokens:
             text = "Histogram of inter-token latency in seconds."
             plain.append(("inter_token_latency_seconds", text, books.inter_token_latency))
         for name, text, histogram in plain:

@@ -28,7 +28,10 @@ def predictions(
     grade: Grade,
     second_opinion: bool = True,
 ) -> dict[str, Any]:
-    """The claim, and every other predictor beside it, as they go to prediction.json."""
+    """The claim, and every other predictor beside it, as they go to prediction.json.
+
+    Raises ConfigError where there is no closed form.
+    """
     both = {
         claim: claimed(
             config.model_copy(update={"claim": claim}), workload, limits, fit, grade
@@ -59,22 +62,25 @@ def claimed(
     fit: StepTimeFit,
     grade: Grade,
 ) -> Prediction:
-    """The prediction that the config's claim is about."""
+    """The prediction that the config's claim is about. Raises ConfigError where there is none."""
     if config.claim == "paper":
         # The paper counts tokens; a stated pool that is no whole number of blocks is kept to the token.
         stated = config.limits.pool_tokens if config.server is None else None
         pool = stated or limits.pool_tokens
         limits = replace(limits, num_blocks=pool, block_size=1)
     longest_prompt = int(workload.prompt_tokens.max())
-    return predict(
-        workload,
-        limits,
-        fit,
-        config.claim,
-        grade,
-        chunk=config.prefill_chunk_tokens or limits.max_num_batched_tokens or longest_prompt,
-        replicas=config.replicas,
-    )
+    try:
+        return predict(
+            workload,
+            limits,
+            fit,
+            config.claim,
+            grade,
+            chunk=config.prefill_chunk_tokens or limits.max_num_batched_tokens or longest_prompt,
+            replicas=config.replicas,
+        )
+    except ValueError as error:
+        raise ConfigError(f"no prediction of claim {config.claim}: {error}") from error
 
 
 def stated_limits(config: ExperimentConfig) -> EngineLimits:
@@ -155,21 +161,37 @@ def _mixed(config: ExperimentConfig, limits: EngineLimits) -> dict[str, Any]:
         require_fitting(workload, limits)
         fit = exact_step_time(regime.step_time.law())
         parts.append(predictions(config, workload, limits, fit, "P0"))
-    rates = {}
-    for name in ("paper", "engine", "simulated"):
-        estimates = [Estimate.from_dict(p[name].get("critical_rate", p[name])) for p in parts]
-        shares = [regime.share for regime in config.regimes]
-        low, value, high = (
-            mixture_rate(list(zip(shares, values, strict=True)))
-            for values in zip(*((e.low, e.value, e.high) for e in estimates), strict=True)
-        )
-        level = min(e.level for e in estimates)
-        rates[name] = Estimate(value, low, high, level, "req/s", "harmonic mean of the regimes")
+    shares = [regime.share for regime in config.regimes]
+    rates = {
+        name: _harmonic(shares, [p[name]["critical_rate"] for p in parts])
+        for name in ("paper", "engine")
+    }
+    mixture = {name: rate.to_dict() for name, rate in rates.items()}
+    summary = {name: estimate_text(rate) for name, rate in rates.items()}
+    missing = [
+        f"regime {number} has {part['simulated_note']}"
+        for number, part in enumerate(parts, 1)
+        if part["simulated"] is None
+    ]
+    if missing:
+        summary["simulated"] = f"no rate of the mixture: {'; '.join(missing)}"
+    else:
+        simulated = _harmonic(shares, [p["simulated"] for p in parts])
+        mixture["simulated"] = simulated.to_dict()
+        summary["simulated"] = estimate_text(simulated)
     return {
         "name": config.name,
         "regimes": parts,
-        "mixture": {name: rate.to_dict() for name, rate in rates.items()},
-        "summary": {name: estimate_text(rate) for name, rate in rates.items()}
-        | _published(config, rates["paper"].value)
-        | _notes(workloads),
+        "mixture": {"simulated": None, **mixture},
+        "summary": summary | _published(config, rates["paper"].value) | _notes(workloads),
     }
+
+
+def _harmonic(shares: Sequence[float], rates: Sequence[dict[str, Any]]) -> Estimate:
+    estimates = [Estimate.from_dict(rate) for rate in rates]
+    low, value, high = (
+        mixture_rate(list(zip(shares, values, strict=True)))
+        for values in zip(*((e.low, e.value, e.high) for e in estimates), strict=True)
+    )
+    level = min(e.level for e in estimates)
+    return Estimate(value, low, high, level, "req/s", "harmonic mean of the regimes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Literal
 
@@ -285,7 +286,7 @@ def declared(
     elif factor is not None:
         if not factor >= 1:
             raise ValueError(f"declare: a factor of {factor:g} is less than the output length")
-        limit, words = np.ceil(factor * o).astype(np.int64), f"declare {factor:g} x output"
+        limit, words = _multiples(o, factor), f"declare {factor:g} x output"
     else:
         assert extra is not None
         if extra < 0:
@@ -294,6 +295,17 @@ def declared(
     if (limit == o).all():
         return replace(workload, max_tokens=o)
     return replace(workload, name=f"{workload.name}, {words}", max_tokens=limit, ignore_eos=False)
+
+
+def _multiples(tokens: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
+    """``factor`` times each length, rounded up; the factor is the decimal number it was written as.
+
+    In binary 1.1 lies above 11/10, so that 50 tokens would become 56.
+    """
+    exact = Fraction(str(factor))
+    lengths, index = np.unique(tokens, return_inverse=True)
+    multiples = [math.ceil(exact * length) for length in lengths.tolist()]
+    return np.asarray(np.array(multiples, dtype=np.int64)[index])
 
 
 Side = Literal["estimate", "test"]

@@ -257,6 +257,11 @@ def test_a_server_that_hides_its_blocks_needs_them_given() -> None:
     [
         ({"/v1/models": {"data": []}}, "names no model"),
         ({"/metrics": "nothing 1\n"}, "shows no vllm:cache_config_info"),
+        (
+            {"/metrics": "# TYPE sglang:num_queue_reqs gauge\nsglang:num_queue_reqs 0.0\n"},
+            r"^this server is SGLang .* set server\.engine: sglang",
+        ),
+        ({"/metrics": 'x{a="sglang:"} 1\n'}, "shows no vllm:cache_config_info"),
         ({"/metrics": METRICS + METRICS.replace('engine="0"', 'engine="1"')}, "2 engines behind"),
         (
             {"/metrics": METRICS.replace('block_size="32"', 'block_size="None"')},

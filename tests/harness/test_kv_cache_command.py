@@ -196,6 +196,26 @@ def test_usage_errors(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layer_types": 5}, "layer_types must be a list, got 5"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object, got 'fp8'"),
+    ],
+)
+def test_values_of_a_wrong_type(
+    change: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path(config_of("Llama 3.1 8B", tmp_path))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert run(monkeypatch, str(path)) == USAGE_EXIT
+    assert capsys.readouterr().err == f"error  {message}\n"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
 def test_files_that_are_no_config(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

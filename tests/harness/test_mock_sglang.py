@@ -96,7 +96,8 @@ def test_usage_only_where_asked() -> None:
         status, whole = await answer(session, "/v1/completions", body() | {"stream": False})
         details = {"prompt_tokens_details": None, "completion_tokens_details": None}
         assert (status, whole["usage"]) == (200, counts | {"reasoning_tokens": 0} | details)
-        assert whole["metadata"] == {"weight_version": "default"}
+        versions = [{"version": "default", "start": 0, "end": 3}]
+        assert whole["metadata"] == {"weight_version": "default", "weight_versions": versions}
         assert len(whole["choices"][0]["text"].split()) == 3
 
     with_server(talk)
@@ -322,7 +323,7 @@ def test_nothing_secret_is_shown() -> None:
 
     pages = with_server(talk, step_time=StepTime(b0_s=0.0719), claimed_num_blocks=800)
     assert not re.search(r"0719|71\.9|\b1024(\.0)?\b", re.sub(r'le="[^"]*"', "", pages))
-    assert '"max_total_num_tokens": 800' in pages
+    assert '"max_total_num_tokens":800' in pages
 
 
 def test_flush_is_refused_while_busy() -> None:
@@ -350,6 +351,33 @@ def test_flush_is_refused_while_busy() -> None:
         assert await cached(session) == 10
 
     with_server(talk)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "status", "said"),
+    [
+        ("30", 200, "Cache flushed."),
+        ("0.02", 400, "Timed out waiting for idle state."),
+        ("0", 400, "Flush cache failed."),
+        ("-1", 400, "timeout must not be negative"),
+        ("nan", 400, "timeout must not be negative"),
+        ("soon", 400, "timeout must be a number"),
+    ],
+)
+def test_flush_waits_for_an_idle_server_as_long_as_asked(
+    timeout: str, status: int, said: str
+) -> None:
+    body = {"prompt": [1] * 10, "max_tokens": 80, "stream": True}
+
+    async def talk(session: aiohttp.ClientSession) -> tuple[int, str]:
+        async with (
+            session.post("/v1/completions", json=body),
+            session.post(f"/flush_cache?timeout={timeout}") as response,
+        ):
+            return response.status, await response.text()
+
+    found, text = with_server(talk)
+    assert found == status and said in text
 
 
 def test_a_disconnect_frees_the_pages() -> None:

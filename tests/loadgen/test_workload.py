@@ -116,6 +116,32 @@ def test_declared_lengths(how: dict[str, float], expected: list[int]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("factor", "outputs", "expected"),
+    [
+        (1.1, [50, 90, 100, 110, 170, 51], [55, 99, 110, 121, 187, 57]),
+        (1.15, [20, 40, 100, 7], [23, 46, 115, 9]),
+        (1.3, [10, 90, 110], [13, 117, 143]),
+        (1.4, [5, 15, 35, 45], [7, 21, 49, 63]),
+        (1.0, [1, 3, 1_000_003], [1, 3, 1_000_003]),
+        (1.0000001, [10_000_000, 10_000_001], [10_000_001, 10_000_003]),
+        (1.2345678901234567, [1_000_000], [1_234_568]),
+    ],
+)
+def test_a_factor_is_the_decimal_that_was_written(
+    factor: float, outputs: list[int], expected: list[int]
+) -> None:
+    law = wl.pairs(np.ones(len(outputs)), outputs, name="seen", source="here")
+    assert wl.declared(law, factor=factor).max_tokens.tolist() == expected
+
+
+@given(st.integers(0, 400), st.integers(1, 5000))
+def test_a_factor_in_hundredths_is_exact(hundredths: int, output: int) -> None:
+    factor = float(f"{1 + hundredths // 100}.{hundredths % 100:02d}")
+    exact = -(-(100 + hundredths) * output // 100)
+    assert wl.declared(wl.fixed(1, output), factor=factor).max_tokens.tolist() == [exact]
+
+
 def test_declarations_survive_clipping_and_mixing() -> None:
     more = wl.declared(wl.uniform((1, 9), (1, 9)), factor=2)
     clipped, _ = wl.clipped(more, 12)
