@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +17,7 @@ from analysis.prediction import Prediction
 from analysis.report import ReportContext, report_html, report_md
 from analysis.verdict import Verdict
 from harness.config import ExperimentConfig, load_config
+from harness.launch import PACE_LOG
 from harness.store import Store, StoredRun, StoreError, missing
 from loadgen.fidelity import MAX_LAG_MS, fidelity
 
@@ -80,11 +82,32 @@ def load_evidence(store: Store) -> Evidence:
         simulated=None if simulated is None else Estimate.from_dict(simulated),
         limits=limits,
         workload=config.law(),
-        runs=tuple(_measured(run, is_mock) for run in stored),
+        runs=tuple(_measured(run, is_mock, _pace(store, config, run)) for run in stored),
     )
 
 
-def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
+def _pace(store: Store, config: ExperimentConfig, run: StoredRun) -> float | None:
+    """Mean step of the run over the law that vLLM was paced by, less 1; None where it was not paced.
+
+    SGLang is slowed down, by the same sleep in every step: it has no law to be held against.
+    """
+    launch = None if config.server is None else config.server.launch
+    if launch is None or launch.step_time is None or launch.runs != "vllm":
+        return None
+    if not store.has(PACE_LOG):
+        raise StoreError(
+            f"{store.path} has no {PACE_LOG}: the paced engine's own record; restore it"
+        )
+    lines = [json.loads(line) for line in (store.path / PACE_LOG).read_text().splitlines()]
+    inside = [line for line in lines if run.start_ns < line["t_ns"] <= run.end_ns]
+    if not inside:
+        raise StoreError(
+            f"{store.path}/{PACE_LOG} shows no step of run {run.run.id}: was the engine paced?"
+        )
+    return float(sum(x["took_s"] for x in inside) / sum(x["law_s"] for x in inside) - 1.0)
+
+
+def _measured(run: StoredRun, is_mock: bool, pace: float | None) -> MeasuredRun:
     frames = run_frames(run.run, run.start_ns, run.end_ns, run.records, run.samples, run.gpu)
     overrun = None
     if is_mock and len(frames.engine) > 1:
@@ -116,6 +139,7 @@ def _measured(run: StoredRun, is_mock: bool) -> MeasuredRun:
         fidelity=offered,
         overrun=overrun,
         warnings=tuple(warnings),
+        pace=pace,
     )
 
 
@@ -138,6 +162,15 @@ def _context(store: Store, evidence: Evidence) -> ReportContext:
 def _mode(config: ExperimentConfig) -> str:
     if config.server is not None and config.server.mock is not None:
         return "mock server: the scheduler is the model's, the step time is set"
+    if config.server is not None and config.server.launch is not None:
+        if not config.server.emulated:
+            return "a real engine, started for the run"
+        if config.server.launch.runs == "vllm":
+            return "emulation: the scheduler is real, the time is set"
+        return (
+            "emulation: the scheduler is real, the time is set (approximately: every step sleeps that "
+            "much longer)"
+        )
     return "a running server, driven over HTTP"
 
 

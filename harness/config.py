@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from harness.launch import LaunchConfig
 from harness.mock_config import MockServerConfig, SGLangRulesConfig
 from harness.sections import Positive, Section, StepTimeConfig
 from loadgen.length_laws import lognormal
@@ -32,6 +33,9 @@ from loadgen.traces import (
 from loadgen.workload import Side, Workload, clipped, declared, fixed, mixture, part, uniform
 
 Range = tuple[Positive, Positive]
+SERVER_READY_S = 60.0
+ENGINE_READY_S = 300.0
+"""An engine loads its model first; on two busy cores SGLang was seen to take 130 s."""
 
 
 READERS = {
@@ -61,22 +65,36 @@ class LimitsConfig(Section):
     watermark: Annotated[float, Field(ge=0, lt=1)] | None = None
     sglang: SGLangRulesConfig | None = None
 
+    @model_validator(mode="after")
+    def _one_engine(self) -> LimitsConfig:
+        if self.sglang is not None and self.watermark is not None:
+            raise ValueError("watermark is vLLM's: leave it out beside sglang")
+        return self
+
 
 class ServerConfig(Section):
-    """Where the requests go: a running server by ``url``, or a mock server started for the run."""
+    """Where the requests go: a running server by ``url``, or one started for the run: a real engine by
+    ``launch``, or a mock."""
 
     engine: Literal["vllm", "sglang"] | None = None
-    """Of the server at ``url``, vllm if not given; a mock says by its own section what it is."""
+    """Of the server at ``url``, vllm if not given; a launch and a mock say by their own section what
+    they are."""
     url: str | None = None
+    launch: LaunchConfig | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     mock: MockServerConfig | None = None
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    ready_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    ready_timeout_s: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _one_server(self) -> ServerConfig:
-        if (self.url is None) == (self.mock is None):
-            raise ValueError("give either url (a running server) or mock (one started here)")
+        if sum(way is not None for way in (self.url, self.launch, self.mock)) != 1:
+            raise ValueError(
+                "give one of url (a running server), launch (an engine started here) and mock (a model "
+                "of one started here)"
+            )
+        if self.launch is not None and self.engine is not None:
+            raise ValueError("engine: server.launch says which engine it is: leave it out")
         if self.mock is not None and self.engine not in (None, self.mock.engine):
             raise ValueError(
                 f"engine says {self.engine}, but the mock is {self.mock.engine}: a section mock.sglang "
@@ -85,6 +103,17 @@ class ServerConfig(Section):
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError("url must start with http:// or https://")
         return self
+
+    @property
+    def timeout_s(self) -> float:
+        """How long the server may take to answer."""
+        default_s = ENGINE_READY_S if self.launch is not None else SERVER_READY_S
+        return default_s if self.ready_timeout_s is None else self.ready_timeout_s
+
+    @property
+    def emulated(self) -> bool:
+        """Is it a real engine whose step time is set?"""
+        return self.launch is not None and self.launch.step_time is not None
 
 
 class UniformConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -11,10 +12,12 @@ import yaml
 
 from analysis.engine import EngineLimits
 from analysis.sglang import longest_request
-from harness.config import ConfigError, ExperimentConfig
+from harness.config import ConfigError, ExperimentConfig, ServerConfig
 from harness.engines import ENGINES, MOCKS, EngineFacts, mock_argv
+from harness.environment import redacted
+from harness.launch import ENVIRONMENTS, PACE_LOG, LaunchConfig, argv, place
 from harness.limits import read_limits
-from harness.server import attached, free_port, launched
+from harness.server import Server, ServerFailed, attached, free_port, launched
 from harness.server_limits import ServerLimits
 from harness.store import Store
 from loadgen.client import open_session
@@ -35,43 +38,102 @@ class Target:
 
 @contextlib.asynccontextmanager
 async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator[Target]:
-    """The server of the config, attached to or started as a mock, with its limits read back."""
+    """The server of the config, attached to or started, with its limits read back."""
     if config.server is None:
         raise ConfigError(
-            "server: give a url or a mock to drive; without one use `critrate predict`"
+            "server: give a url, a launch or a mock to drive; without one use `critrate predict`"
         )
     server = config.server
-    facts = ENGINES[server.engine or "vllm"] if server.mock is None else MOCKS[server.mock.engine]
+    facts = _facts(server)
     async with contextlib.AsyncExitStack() as stack:
-        if server.mock is not None:
-            mock_file = store.path / "mock.yaml"
-            parameters = server.mock.model_dump(mode="json")
-            store.write_text("mock.yaml", yaml.safe_dump(parameters, sort_keys=False))
-            url = f"http://127.0.0.1:{server.port or free_port()}"
-            argv = [*mock_argv(mock_file), "--port", url.rsplit(":", 1)[1]]
+        if server.url is not None:
             running = await stack.enter_async_context(
-                launched(
-                    argv,
-                    {},
-                    url,
-                    facts.health_path,
-                    server.ready_timeout_s,
-                    store.path / "engine.log",
+                attached(
+                    server.url.rstrip("/"), facts.health_path, server.timeout_s, server.headers
                 )
             )
         else:
-            assert server.url is not None
-            url = server.url.rstrip("/")
-            running = await stack.enter_async_context(
-                attached(url, facts.health_path, server.ready_timeout_s, server.headers)
-            )
+            running = await stack.enter_async_context(_started(server, facts, store))
+        url = running.url
         session = await stack.enter_async_context(open_session(server.headers))
         given = config.limits
         blocks = None
         if given.pool_tokens is not None and given.block_size is not None:
             blocks = given.pool_tokens // given.block_size
         shown = await read_limits(session, url, facts, blocks)
+        if server.launch is not None:
+            require_as_asked(server.launch, shown)
+            if server.launch.runs == "sglang" and server.launch.step_time is not None:
+                await slow_down(session, url, server.launch.step_time.b0_ms * 1e-3)
         yield Target(url, facts, session, shown, engine_limits(shown, config), running.poll)
+
+
+def _facts(server: ServerConfig) -> EngineFacts:
+    if server.mock is not None:
+        return MOCKS[server.mock.engine]
+    if server.launch is not None:
+        return ENGINES[server.launch.runs]
+    return ENGINES[server.engine or "vllm"]
+
+
+@contextlib.asynccontextmanager
+async def _started(server: ServerConfig, facts: EngineFacts, store: Store) -> AsyncIterator[Server]:
+    """The mock or the engine of the config, as a process of ours; its command line is recorded."""
+    port = server.port or free_port()
+    env: dict[str, str] = {}
+    if server.mock is not None:
+        parameters = server.mock.model_dump(mode="json")
+        store.write_text("mock.yaml", yaml.safe_dump(parameters, sort_keys=False))
+        line = [*mock_argv(store.path / "mock.yaml"), "--port", str(port)]
+    else:
+        assert server.launch is not None
+        line, env = argv(server.launch, place(server.launch, port, store.path / PACE_LOG))
+        record = {
+            "command": redacted(line),
+            "environment": {k: redacted([v])[0] for k, v in env.items()},
+        }
+        known = store.read_json("environment.json") if store.has("environment.json") else {}
+        store.write_json("environment.json", {**known, "engine": record})
+    url = f"http://127.0.0.1:{port}"
+    log = store.path / "engine.log"
+    async with launched(line, env, url, facts.health_path, server.timeout_s, log) as running:
+        yield running
+
+
+def require_as_asked(launch: LaunchConfig, shown: ServerLimits) -> None:
+    """Raise ConfigError unless an engine that was started shows the limits that it was given."""
+    pairs: list[tuple[str, object, object]] = [
+        ("pool_tokens", launch.pool_tokens, shown.num_blocks * shown.block_size),
+        ("prefix_caching", launch.prefix_caching, shown.prefix_caching),
+    ]
+    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        pairs.append((name, getattr(launch, name), getattr(shown, name)))
+    for name, asked, has in pairs:
+        if asked is not None and asked != has:
+            raise ConfigError(
+                f"server.launch.{name}: {asked} was asked for, the server shows {has}: correct the "
+                "config, or see the server's log (engine.log)"
+            )
+    made = ENVIRONMENTS.get(launch.environment)
+    if made is not None and (shown.version or "").split("+")[0] != made.version:
+        raise ConfigError(
+            f"server.launch.environment: {made.name} is {made.engine} {made.version}, the server shows "
+            f"{shown.version}: make it anew with scripts/engine-env, or give the path of a Python"
+        )
+
+
+async def slow_down(session: aiohttp.ClientSession, url: str, sleep_s: float) -> None:
+    """Make every forward pass of an SGLang sleep so much longer. Raises ServerFailed if it refuses."""
+    body = json.dumps({"forward_sleep_time": sleep_s})
+    try:
+        async with session.post(f"{url}/slow_down", data=body) as response:
+            status = response.status
+    except aiohttp.ClientError as error:
+        raise ServerFailed(f"{url}/slow_down failed: {error!r}") from error
+    if status != 200:
+        raise ServerFailed(
+            f"{url}/slow_down answers {status}: this SGLang cannot be paced, leave step_time out"
+        )
 
 
 def engine_limits(shown: ServerLimits, config: ExperimentConfig) -> EngineLimits:

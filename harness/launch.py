@@ -1,0 +1,273 @@
+"""How an engine is started: from a section of the config to a command line and its environment.
+
+An engine is a process with a Python of its own; nothing of it is imported here. Flags are those of
+vLLM 0.32.0 and SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from harness.sections import Positive, Section, StepTimeConfig
+from harness.server import ServerFailed
+
+ENGINE_SIDE = Path(__file__).resolve().parents[1] / "scripts" / "engines"
+"""What runs inside an engine's process: the paced scheduler, the stand-ins for a CPU."""
+PACE_LOG = "pace.jsonl"
+"""Where a paced engine writes how it kept its step time, in the results folder."""
+TINY_MODELS = ("tiny", "small")
+CPU_KV_CACHE_BYTES = "256M"
+"""vLLM takes most of a CPU's memory otherwise; the pool itself is set in blocks."""
+
+KEEP_ALIVE_S = "60"
+"""uvicorn closes idle connections after 5 s: a client that was held up for so long would find one that
+it is about to use closed, and the request would fail for no fault of the engine."""
+
+Engine = Literal["vllm", "sglang"]
+Device = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnvironment:
+    """An environment that `scripts/engine-env` makes."""
+
+    name: str
+    engine: Engine
+    version: str
+    device: Device
+
+    @property
+    def folder(self) -> Path:
+        return engines_folder() / f"{self.name}-{self.version}"
+
+    @property
+    def variable(self) -> str:
+        """Environment variable that names the Python of one's own to use instead."""
+        return f"CRITRATE_ENGINE_{self.name.upper().replace('-', '_')}"
+
+    def python(self) -> Path:
+        """Its Python. Raises ServerFailed with the command that makes it."""
+        if given := os.environ.get(self.variable):
+            if not Path(given).is_file():
+                raise ServerFailed(f"{self.variable}={given} is not a file: give a Python")
+            return Path(given).absolute()
+        if not (self.folder / ".complete").exists():
+            raise ServerFailed(
+                f"server.launch: there is no environment {self.name} in {self.folder}: make it with "
+                f"scripts/engine-env {self.name}"
+            )
+        return self.folder / "bin" / "python"
+
+
+ENVIRONMENTS: Mapping[str, EngineEnvironment] = {
+    e.name: e
+    for e in (
+        EngineEnvironment("vllm-cpu", "vllm", "0.32.0", "cpu"),
+        EngineEnvironment("sglang-cpu", "sglang", "0.5.23", "cpu"),
+        EngineEnvironment("vllm", "vllm", "0.32.0", "gpu"),
+        EngineEnvironment("sglang", "sglang", "0.5.23", "gpu"),
+    )
+}
+
+
+def engines_folder() -> Path:
+    """Where the engines' environments and the tiny models are."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "critrate" / "engines"
+
+
+class LaunchConfig(Section):
+    """An engine to start for the run. What is left out stays as the engine chooses."""
+
+    environment: str
+    """A name of `ENVIRONMENTS`, or the path of a Python that has the engine."""
+    engine: Engine | None = None
+    device: Device | None = None
+    """Both only beside the path of a Python: a named environment says them itself."""
+    model: str = "tiny"
+    pool_tokens: Positive | None = None
+    block_size: Positive | None = None
+    max_num_seqs: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
+    max_model_len: Positive | None = None
+    prefix_caching: bool = False
+    step_time: StepTimeConfig | None = None
+    """Makes it an emulation. It goes to the engine's process alone; the prediction never sees it."""
+    arguments: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _known_engine(self) -> LaunchConfig:
+        named = self.environment in ENVIRONMENTS
+        if not named and not os.path.isabs(self.environment):
+            raise ValueError(
+                f"environment: {self.environment!r} is none of {', '.join(ENVIRONMENTS)}, and no "
+                "absolute path of a Python"
+            )
+        if named and (self.engine or self.device):
+            raise ValueError(f"{self.environment} says engine and device itself: leave them out")
+        if not named and not (self.engine and self.device):
+            raise ValueError(
+                "beside the path of a Python, engine and device (cpu or gpu) are needed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> LaunchConfig:
+        if self.runs_on == "cpu" and self.pool_tokens is None:
+            raise ValueError("pool_tokens: give it: on a CPU the engine takes most of the memory")
+        if self.runs == "vllm" and self.pool_tokens is not None:
+            if self.block_size is None:
+                raise ValueError(
+                    "block_size: vLLM's pool is set in blocks: give it with pool_tokens"
+                )
+            if self.pool_tokens % self.block_size:
+                raise ValueError(
+                    f"pool_tokens: {self.pool_tokens} is no whole number of blocks of "
+                    f"{self.block_size} tokens"
+                )
+        if self.runs == "vllm" and self.runs_on == "cpu" and (self.block_size or 32) % 32:
+            raise ValueError("block_size: on a CPU vLLM takes multiples of 32")
+        if self.runs == "sglang" and self.step_time is not None:
+            law = self.step_time
+            if law.b1_us_per_token or law.b2_ns_per_kv_token or law.b3_us_per_request:
+                raise ValueError(
+                    "step_time: SGLang only takes b0_ms, a sleep in every step; use vLLM for the others"
+                )
+        return self
+
+    @property
+    def runs(self) -> Engine:
+        """The engine that this starts."""
+        engine = ENVIRONMENTS[self.environment].engine if self.named else self.engine
+        assert engine is not None
+        return engine
+
+    @property
+    def runs_on(self) -> Device:
+        device = ENVIRONMENTS[self.environment].device if self.named else self.device
+        assert device is not None
+        return device
+
+    @property
+    def named(self) -> bool:
+        return self.environment in ENVIRONMENTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What a command line needs of this machine."""
+
+    python: Path
+    model: str
+    """Folder or public name of the model."""
+    port: int
+    pace_log: Path
+    """Where a paced engine writes how it kept its step time."""
+
+
+def place(launch: LaunchConfig, port: int, pace_log: Path) -> Place:
+    """Looks the environment and the model up. Raises ServerFailed with what to do."""
+    if not ENGINE_SIDE.is_dir():
+        raise ServerFailed(
+            f"server.launch: there is no {ENGINE_SIDE}: run critrate from a checkout"
+        )
+    if launch.named:
+        python = ENVIRONMENTS[launch.environment].python()
+    else:
+        python = Path(launch.environment)
+        if not python.is_file():
+            raise ServerFailed(f"server.launch.environment: there is no Python at {python}")
+    model = launch.model
+    if model in TINY_MODELS:
+        folder = engines_folder() / "models" / model
+        if not (folder / "config.json").is_file():
+            which = launch.environment if launch.named else f"{launch.runs}-cpu"
+            raise ServerFailed(
+                f"server.launch: there is no model in {folder}: make it with scripts/engine-env {which}"
+            )
+        model = str(folder)
+    return Place(python=python, model=model, port=port, pace_log=pace_log.absolute())
+
+
+def argv(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]]:
+    """Command line of the engine, and what its environment needs beside this process's own."""
+    if launch.runs == "vllm":
+        return _vllm(launch, where)
+    return _sglang(launch, where)
+
+
+def _vllm(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]]:
+    # Not `vllm serve`: it looks for a distribution called vllm, and that of the CPU is called otherwise.
+    line = [str(where.python), "-m", "vllm.entrypoints.openai.api_server", "--model", where.model]
+    line += ["--served-model-name", Path(launch.model).name]
+    line += ["--host", "127.0.0.1", "--port", str(where.port), "--disable-uvicorn-access-log"]
+    line += _option("--block-size", launch.block_size)
+    if launch.pool_tokens is not None and launch.block_size is not None:
+        # One block is vLLM's null block.
+        blocks = launch.pool_tokens // launch.block_size + 1
+        line += ["--num-gpu-blocks-override", str(blocks)]
+    line += _option("--max-num-seqs", launch.max_num_seqs)
+    line += _option("--max-num-batched-tokens", launch.max_num_batched_tokens)
+    line += _option("--max-model-len", launch.max_model_len)
+    line += ["--enable-prefix-caching" if launch.prefix_caching else "--no-enable-prefix-caching"]
+    # /server_info, where it shows its scheduler's limits; it listens on this machine alone.
+    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = KEEP_ALIVE_S
+    if launch.model in TINY_MODELS:
+        line += ["--load-format", "dummy"]
+        env["HF_HUB_OFFLINE"] = "1"
+    if launch.runs_on == "cpu":
+        # float32: bfloat16 ends in an illegal instruction on machines with AMX.
+        line += ["--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
+        line += ["--kv-cache-memory-bytes", CPU_KV_CACHE_BYTES]
+        env |= {"OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if launch.step_time is not None:
+        line += ["--scheduler-cls", "critrate_paced.PacedScheduler", "--no-async-scheduling"]
+        env["PYTHONPATH"] = str(ENGINE_SIDE / "vllm_paced")
+        env["CRITRATE_STEP_TIME"] = json.dumps(asdict(launch.step_time.law()))
+        env["CRITRATE_PACE_LOG"] = str(where.pace_log)
+    return [*line, *launch.arguments], env
+
+
+def _sglang(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]]:
+    line = [str(where.python), "-m", "sglang.launch_server", "--model-path", where.model]
+    line += ["--served-model-name", Path(launch.model).name]
+    line += ["--host", "127.0.0.1", "--port", str(where.port), "--log-level-http", "warning"]
+    # Every decode step refreshes the gauges; the default is every 40th, and every 15th for the loads.
+    line += [
+        "--enable-metrics",
+        "--decode-log-interval",
+        "1",
+        "--load-snapshot-publish-interval",
+        "1",
+    ]
+    line += _option("--max-total-tokens", launch.pool_tokens)
+    line += _option("--page-size", launch.block_size)
+    line += _option("--max-running-requests", launch.max_num_seqs)
+    line += _option("--chunked-prefill-size", launch.max_num_batched_tokens)
+    line += _option("--context-length", launch.max_model_len)
+    if not launch.prefix_caching:
+        line += ["--disable-radix-cache"]
+    env = {"SGLANG_TIMEOUT_KEEP_ALIVE": KEEP_ALIVE_S}
+    if launch.model in TINY_MODELS:
+        line += ["--load-format", "dummy"]
+        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if launch.runs_on == "cpu":
+        line += ["--device", "cpu", "--attention-backend", "torch_native"]
+        line += ["--sampling-backend", "pytorch", "--dtype", "bfloat16"]
+        line += ["--disable-cuda-graph", "--disable-overlap-schedule"]
+        env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = str(ENGINE_SIDE / "sglang_cpu_shims")
+    return [*line, *launch.arguments], env
+
+
+def _option(flag: str, value: int | None) -> list[str]:
+    return [] if value is None else [flag, str(value)]
