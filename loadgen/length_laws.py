@@ -61,9 +61,10 @@ def binned(values: Ints, probability: Floats, bins: int = BINS) -> Binned:
         np.floor(middle * bins).astype(np.int64), return_index=True, return_inverse=True
     )
     total: Floats = np.bincount(member, probability).astype(float)
-    mean = np.bincount(member, probability * x) / total
-    variance = np.bincount(member, probability * (x - mean[member]) ** 2) / total
     first, last = values[start], values[np.append(start[1:], len(values)) - 1]
+    # Rounding must not put the mean of a bin outside of it.
+    mean = (np.bincount(member, probability * x) / total).clip(first, last)
+    variance = np.bincount(member, probability * (x - mean[member]) ** 2) / total
     # Integers next to the mean have the least variance, the ends of the bin the greatest.
     below = np.floor(mean + ROUNDING)
     up = (mean - below).clip(0)

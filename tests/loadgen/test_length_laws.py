@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import lognorm, norm
@@ -102,6 +102,7 @@ def test_truncation_conditions_on_the_bounds() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0.1, 3.0))
+@example(seed=1522925, bins=40, power=2.7955568661969616)
 @settings(max_examples=60, deadline=None)
 def test_bins_keep_total_mean_and_second_moment(seed: int, bins: int, power: float) -> None:
     rng = np.random.default_rng(seed)
