@@ -65,12 +65,7 @@ def _counted(evidence: Evidence, column: str) -> float:
 
 
 def _inexact(evidence: Evidence) -> float:
-    """Requests of another length than asked, by the engine's finish reasons.
-
-    A request that declares more than it uses ends for another reason; then the client counts.
-    """
-    if not evidence.workload.declares_more:
-        return _counted(evidence, "truncated")
+    """Completed requests of another length than the designed one, by what the client received."""
     seen = 0
     for run in evidence.runs:
         done = run.frames.requests[run.frames.requests["outcome"] == "completed"]
