@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,13 @@ def run_frames(
 ) -> RunFrames:
     """Put one run's records on a clock that starts at ``start_ns``."""
     names = [f.name for f in fields(RequestRecord)]
-    requests = pd.DataFrame([asdict(r) for r in records], columns=names)
+    requests = pd.DataFrame({name: [getattr(r, name) for r in records] for name in names})
     for name in REQUEST_TIMES:
         column = pd.to_numeric(requests.pop(f"{name}_ns"))
         requests[f"{name}_s"] = (column - start_ns) / 1e9
     requests = requests.sort_values("scheduled_s", kind="stable", ignore_index=True)
-    engine = pd.DataFrame(
-        [asdict(s) for s in samples], columns=[f.name for f in fields(EngineSample)]
-    )
+    gauges = [f.name for f in fields(EngineSample)]
+    engine = pd.DataFrame({name: [getattr(s, name) for s in samples] for name in gauges})
     engine["t_s"] = (engine.pop("t_ns") - start_ns) / 1e9
     engine["read_s"] = (engine.pop("read_ns") - start_ns) / 1e9
     gpu_frame = pd.DataFrame(list(gpu))

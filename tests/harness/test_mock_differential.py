@@ -181,8 +181,8 @@ def test_wall_clock_run_is_the_simulated_run(tmp_path: Path) -> None:
 
     run, origin_ns = simulated(limits, rows)
     starts_ns = np.round(np.array(run.steps.start_s) * SECOND_NS).astype(np.int64) + origin_ns
-    assert run.steps.running == [row["running"] for row in rows]
-    assert run.steps.waiting == [row["waiting"] for row in rows]
+    assert run.steps.running.tolist() == [row["running"] for row in rows]
+    assert run.steps.waiting.tolist() == [row["waiting"] for row in rows]
     assert np.abs(starts_ns - [row["start_ns"] for row in rows]).max() < 10
 
     shown = shown_sequence(run)
@@ -241,8 +241,8 @@ def test_sglang_on_the_wall_clock_is_sglang_simulated(
     assert (rows[-1]["preemptions"] > 0) == retracts and max(r["waiting"] for r in rows) > 3
     replay(limits, rows)
     run, _ = simulated(limits, rows)
-    assert run.steps.running == [row["running"] for row in rows]
-    assert run.steps.waiting == [row["waiting"] for row in rows]
+    assert run.steps.running.tolist() == [row["running"] for row in rows]
+    assert run.steps.waiting.tolist() == [row["waiting"] for row in rows]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
