@@ -79,7 +79,7 @@ class VLLMEngine(Engine):
                 continue
             tokens = min(request.num_tokens, threshold, budget)
             whole = request.num_tokens if limits.reserve_full_prompt else tokens
-            spare = limits.watermark_blocks if step.scheduled else 0
+            spare = limits.watermark_blocks if self.running else 0
             if -(-whole // limits.block_size) + spare > self.free_blocks:
                 break
             self.waiting.popleft()

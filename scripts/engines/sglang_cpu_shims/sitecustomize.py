@@ -5,6 +5,7 @@ looks up. Declaring two of them, without code, is enough. SGLang itself is untou
 server with a text model nor its benchmark client calls an operator of torchvision.
 """
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
@@ -33,3 +34,6 @@ class DeclareOperators:
 
 finder = DeclareOperators()  # a name of its own: what it declares goes when it goes
 sys.meta_path.insert(0, finder)
+
+if "CRITRATE_STEP_LOG" in os.environ:
+    import critrate_recorded  # noqa: F401
