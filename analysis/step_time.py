@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import norm, t
+
+from analysis.lack_of_fit import Bend, LackOfFit, bends, lack_of_fit
 
 TERMS = ("b0", "b1", "b2", "b3")
 MAX_CONDITION = 1e6
@@ -62,6 +64,11 @@ class StepObservation:
     probe: str = ""
     """Which design it belongs to; observations of one design repeat the same point."""
     standard_error_s: float = 0.0
+    begin_ns: int = 0
+    end_ns: int = 0
+    """On the client's clock, where it was measured there."""
+    joined_prompt_tokens: int = 0
+    """Prompt tokens of requests that came in between."""
 
     def __post_init__(self) -> None:
         if not self.duration_s > 0 or not self.steps > 0:
@@ -78,7 +85,8 @@ class StepTimeFit:
     ``residual_relative`` is the scatter of one observation around the law, a standard deviation as
     a fraction. ``condition_number`` is that of the scaled design: how well the observations tell
     the terms apart. ``overhead_s`` is the constant cost per request outside the engine, 0 where
-    none was observed.
+    none was observed. ``covariance`` is that of normal intervals: it holds the widening by Student's
+    t for ``interval_dof`` degrees of freedom (0: stated, not measured).
     """
 
     law: StepTime
@@ -88,13 +96,36 @@ class StepTimeFit:
     num_observations: int
     method: str
     overhead_s: float = 0.0
+    lack_of_fit: LackOfFit | None = None
+    """None where designs were not named or not repeated."""
+    interval_dof: int = 0
+    bends: tuple[Bend, ...] = ()
+    """Where the law is not straight beyond chance."""
+
+    @property
+    def widening(self) -> float:
+        """Student's t over the normal quantile, for the few degrees of freedom of the error."""
+        if not self.interval_dof:
+            return 1.0
+        return float(t.ppf(0.975, self.interval_dof)) / float(norm.ppf(0.975))
+
+    def standard_errors(self) -> NDArray[np.float64]:
+        """Of b0..b3, shape (4,), without the widening."""
+        variances: NDArray[np.float64] = np.diag(self.covariance).clip(min=0.0)
+        return np.asarray(np.sqrt(variances) / self.widening)
 
     def combination(self, weights: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-        """Value and standard error of ``weights @ (b0, b1, b2, b3)``, in seconds."""
+        """Value and standard error of ``weights @ (b0, b1, b2, b3)``, in seconds.
+
+        The error holds that of the coefficients and, where the law bends, how far it leaves the
+        line at a step of these weights.
+        """
         w = np.asarray(weights, dtype=np.float64)
         if w.shape != (4,):
             raise ValueError(f"a combination needs the four weights of b0..b3, got shape {w.shape}")
         variance = float(w @ self.covariance @ w)
+        if w[0] > 0:
+            variance += sum((bend.off_s(w) * self.widening) ** 2 for bend in self.bends)
         return float(w @ self.law.coefficients()), float(np.sqrt(max(variance, 0.0)))
 
 
@@ -119,8 +150,10 @@ def fit_step_time(
     floor of one millisecond, which only weighs. The point is the weighted least-squares point under
     b >= 0 (active set). The covariance is that of the fit without the constraint: in its own metric
     the projection onto a convex set that holds the truth never moves an estimate away from it, so
-    a term at zero keeps the uncertainty that the data leave it. It is widened by the quantile of
-    Student's t, so that a normal interval of 95 % is right for few observations.
+    a term at zero keeps the uncertainty that the data leave it. Its variance is that of the residuals
+    or, where that is larger, the mean square of the lack of fit, which repeating the designs does not
+    make smaller; it is widened by the quantile of Student's t with the degrees of freedom of that
+    one, so that a normal interval of 95 % is right for few observations.
 
     Raises ValueError when there are too few observations for the terms or when they cannot tell
     the terms apart.
@@ -144,32 +177,24 @@ def fit_step_time(
         beta = solution / norms
         fitted = design @ beta
     free = np.linalg.lstsq(a / norms, y, rcond=None)[0] / norms
-    dof = count - width
     residual = y - a @ free
-    variance = max(
-        float(np.sum(residual**2)) / dof,
-        _lack_of_fit([o.probe for o in observations], residual, width),
-    )
+    variance, dof = float(np.sum(residual**2)) / (count - width), count - width
+    linear = lack_of_fit([o.probe for o in observations], residual, width)
+    if linear is not None and linear.mean_square > variance:
+        # So many designs say it, however often each is repeated.
+        variance, dof = linear.mean_square, linear.designs_dof
     wider = float(t.ppf(0.975, dof)) / float(norm.ppf(0.975))
     scaled = a / norms
     covariance = np.linalg.inv(scaled.T @ scaled) / np.outer(norms, norms) * variance * wider**2
-    return _result(
+    fit = _result(
         observations, names, beta, covariance, design, duration, float(np.linalg.cond(scaled))
     )
-
-
-def _lack_of_fit(probes: Sequence[str], residual: NDArray[np.float64], width: int) -> float:
-    """Mean square of what whole designs are off by: repeating them does not make it smaller.
-
-    0 where the designs are not named or no more than the coefficients. A step time that is not
-    linear shows up here, and the interval then stays as wide however often the probes are repeated.
-    """
-    groups = sorted(set(probes))
-    if len(groups) <= width or "" in groups:
-        return 0.0
-    owner = np.array([groups.index(p) for p in probes])
-    sums = np.bincount(owner, residual)
-    return float(np.sum(sums**2 / np.bincount(owner))) / (len(groups) - width)
+    if linear is None:
+        return replace(fit, interval_dof=dof)
+    columns = _sums(observations)[:, :4] * weight[:, None]
+    index = [TERMS.index(name) for name in names if name in TERMS]
+    found = bends(columns, a, index, residual, linear.error_mean_square)
+    return replace(fit, lack_of_fit=linear, interval_dof=dof, bends=found)
 
 
 def _result(
@@ -213,14 +238,19 @@ def _arrays(
     observations: Sequence[StepObservation], names: list[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Design (n, terms), durations (n,), known errors (n,); ``overhead`` is named if seen."""
-    sums = np.array(
-        [[o.steps, o.tokens, o.kv_tokens, o.running, o.overheads] for o in observations]
-    ).reshape(-1, 5)
+    sums = _sums(observations)
     if (sums[:, 4] > 0).any():
         names.append("overhead")
     design = sums[:, [(*TERMS, "overhead").index(name) for name in names]]
     duration = np.array([o.duration_s for o in observations])
     return design, duration, np.array([o.standard_error_s for o in observations])
+
+
+def _sums(observations: Sequence[StepObservation]) -> NDArray[np.float64]:
+    """Steps, tokens, KV tokens, requests and overheads, shape (n, 5)."""
+    return np.array(
+        [[o.steps, o.tokens, o.kv_tokens, o.running, o.overheads] for o in observations]
+    ).reshape(-1, 5)
 
 
 def _relative(

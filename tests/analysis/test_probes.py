@@ -1,11 +1,14 @@
 """Probes and what their token times say, against engines whose step law is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from analysis.engine import EngineLimits
 from analysis.kv_demand import kv_demand_engine, residence_steps
-from analysis.probes import design_probes, step_observation
+from analysis.probe_readings import step_observation
+from analysis.probes import design_probes
 from analysis.simulate import simulate
 from analysis.step_time import StepTime, fit_step_time
 from loadgen.workload import uniform
@@ -15,12 +18,16 @@ LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7, b3_s_per
 WORKLOAD = uniform((16, 112), (16, 112))
 
 
-def observe(probe):
+def simulated(probe):
     lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
     lengths += [(probe.prompt_length, 1)] * probe.prompts
     arrivals = [0.0] * probe.count + [0.04 * (i + 1) for i in range(probe.prompts)]
     triples = np.array([(s, o, o) for s, o in lengths])
-    return step_observation(simulate(LIMITS, LAW, np.array(arrivals), triples, 600.0).records)
+    return simulate(LIMITS, LAW, np.array(arrivals), triples, 600.0).records
+
+
+def observe(probe):
+    return step_observation(simulated(probe))
 
 
 def test_observations_reproduce_the_law_without_noise() -> None:
@@ -35,6 +42,28 @@ def test_observations_reproduce_the_law_without_noise() -> None:
             + seen.running * LAW.b3_s_per_request
         )
         assert seen.duration_s == pytest.approx(expected, rel=2e-3), probe.name
+
+
+@pytest.mark.parametrize("read_us", [20, 60])
+def test_how_long_a_client_reads_the_tokens_of_a_step_does_not_lengthen_it(read_us) -> None:
+    for probe in design_probes(WORKLOAD, LIMITS):
+        if probe.output_tokens == 1 or probe.prompts:
+            continue
+        # All begin in one step, in any order, and end in one step, in the order of their numbers.
+        records = simulated(probe)
+        if len({r.first_token_ns for r in records}) > 1:
+            continue
+        late = [
+            replace(
+                r,
+                first_token_ns=r.first_token_ns + 1000 * read_us * (r.id * 7 % 10),
+                last_token_ns=r.last_token_ns + 1000 * read_us * r.id,
+            )
+            for r in records
+        ]
+        true, seen = step_observation(records), step_observation(late)
+        assert seen.duration_s == pytest.approx(true.duration_s, rel=1e-6), probe.name
+        assert seen.tokens == pytest.approx(true.tokens, rel=0.02)
 
 
 def test_the_probes_tell_the_four_terms_apart() -> None:

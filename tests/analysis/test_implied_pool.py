@@ -1,0 +1,51 @@
+"""The pool that occupancy implies, on engines whose pool is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis.engine import EngineLimits, SGLangRules
+from analysis.implied_pool import implied_pool
+from analysis.probe_readings import ProbeResult
+from analysis.probes import design_probes
+from analysis.simulate import simulate
+from analysis.step_time import StepTime
+from loadgen.workload import uniform
+
+LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7)
+VLLM = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)
+SGLANG = EngineLimits(num_blocks=8192, block_size=1, sglang=SGLangRules())
+
+
+def probed(limits: EngineLimits, shown: EngineLimits) -> list[ProbeResult]:
+    """The probes for the pool that is shown, served by the pool that is there."""
+    results = []
+    for probe in design_probes(uniform((16, 112), (16, 112)), shown):
+        lengths = [(probe.prompt_tokens, probe.output_tokens, probe.output_tokens)] * probe.count
+        lengths += [(probe.prompt_length, 1, 1)] * probe.prompts
+        arrivals = [0.0] * probe.count + [0.04 * (i + 1) for i in range(probe.prompts)]
+        run = simulate(limits, LAW, np.array(arrivals), np.array(lengths), 30.0, 0.05)
+        results.append(
+            ProbeResult(probe=probe, records=tuple(run.records), samples=tuple(run.samples))
+        )
+    return results
+
+
+@pytest.mark.parametrize("limits", [VLLM, SGLANG, replace(VLLM, block_size=32, num_blocks=300)])
+@pytest.mark.parametrize("truth", [1.0, 1.5])
+def test_the_pool_that_is_there_is_found_whatever_is_shown(
+    limits: EngineLimits, truth: float
+) -> None:
+    there = replace(limits, num_blocks=round(truth * limits.num_blocks))
+    found = implied_pool(probed(there, limits), limits)
+    assert found is not None and found.unit == "tokens"
+    assert found.low <= there.pool_tokens <= found.high
+    assert found.half_width < 0.02 * there.pool_tokens
+
+
+def test_a_pool_that_the_probes_hardly_touch_is_not_guessed() -> None:
+    there = replace(VLLM, num_blocks=512 * 40)
+    assert implied_pool(probed(there, VLLM), VLLM) is None
