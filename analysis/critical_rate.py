@@ -52,7 +52,7 @@ def predict(
     unusable room, and recomputed tokens or room set aside for outputs. ``chunk`` is the prefill
     chunk in tokens; by default what a step can take of one prompt (``paper``: the token budget).
     The interval (95 %) holds the errors of the step-time law, of the sampled lengths and, for
-    ``engine``, of the closed form.
+    ``engine``, of the closed form and of the tokens that it says are computed again.
 
     Raises ValueError when a request can never fit, or when ``paper`` lacks a chunk.
     """
@@ -72,6 +72,8 @@ def predict(
     binding = min(supply, key=lambda name: supply[name].value)
     x = operation.requests_per_step
     seconds, error = _seconds_per_request(workload, step_time, demand, operation, binding)
+    again_s = step_time.law.b1_s_per_token * operation.recomputed_tokens
+    error = float(np.hypot(error, point.recompute_error * again_s))
     rate = Estimate.log_normal(
         replicas / seconds,
         float(np.hypot(error / seconds, point.model_error)),
