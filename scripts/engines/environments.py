@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,34 +65,64 @@ def environment(package: Package, folder: Path, variable: str) -> Environment:
 
 
 def in_folder(package: Package, folder: Path, pins: Path) -> Path:
-    complete = folder / ".complete"
-    if not complete.exists() or complete.read_text() != pins.read_text():
-        install(package, folder, pins)
-        complete.write_text(pins.read_text())
+    if not is_complete(folder, pins):
+        with alone(folder) as lock:
+            # Whoever held the lock before may have made it.
+            if not is_complete(folder, pins):
+                install(package, folder, pins, lock)
     return folder / "bin"
 
 
-def install(package: Package, folder: Path, pins: Path) -> None:
+def is_complete(folder: Path, pins: Path) -> bool:
+    """Was the folder's installation of this very list finished?"""
+    mark = folder / ".complete"
+    return mark.exists() and mark.read_text() == pins.read_text()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """Hold the lock beside the folder, after waiting for whoever makes the folder now.
+
+    Gives its descriptor: a child that inherits it holds the lock too, should this process be killed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"another process is making {folder}: waiting for it", file=sys.stderr, flush=True
+            )
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def install(package: Package, folder: Path, pins: Path, lock: int) -> None:
+    """Make the folder anew; its mark is the last thing that is written and the first that goes."""
     print(
         f"{package.name} {package.version}: making {folder}, once: "
         f"{package.download_mb} MB to download, {package.disk_mb} MB on disk, {package.minutes} minutes",
         file=sys.stderr,
         flush=True,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < package.disk_mb * 10**6 + SPARE_BYTES:
         raise CannotRun(
             f"only {free_bytes / 1e9:.1f} GB are free there: set XDG_CACHE_HOME to another disk"
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (folder / ".complete").unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, pass_fds=(lock,))
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
-    if subprocess.run([*pip, "--disable-pip-version-check", "-r", pins]).returncode:
+    # Compiling everything takes longer than all the rest; imports compile what they need.
+    pip += ["--no-compile", "--disable-pip-version-check", "-r", pins]
+    if subprocess.run(pip, pass_fds=(lock,)).returncode:
         raise CannotRun(
             f"pip could not install {pins}. If it does not find torch: set PIP_EXTRA_INDEX_URL to "
             "PyTorch's index of CPU builds"
         )
+    (folder / ".complete").write_text(pins.read_text())
 
 
 def version_in(commands: Path, name: str) -> str:
