@@ -104,8 +104,6 @@ class EngineSample:
     step_tokens: int
     finished: int
     """Requests that ended for any reason, aborts included."""
-    truncated: int
-    """Finished requests whose end was not the asked length."""
     rejected: int
     prefix_hit_tokens: int
     new_token_ratio: float | None = None
@@ -266,7 +264,6 @@ class Engine:
             steps=self.steps_with_output,
             step_tokens=self.step_tokens,
             finished=self.finished + self.aborted,
-            truncated=0,
             rejected=0,
             prefix_hit_tokens=0,
             new_token_ratio=self.new_token_ratio,

@@ -11,12 +11,13 @@ from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames
 from analysis.kv_demand import kv_demand_blocks, kv_demand_engine
+from analysis.pace import Pace
 from analysis.prediction import Prediction
+from analysis.waterfall import Mechanism
 from loadgen.records import LoadFidelity
 from loadgen.workload import Workload
 
 OVERRUN_LIMIT = 0.01
-PACE_LIMIT = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,13 @@ class MeasuredRun:
     overrun: float | None
     """Share of a mock server's steps that ran late; None for a real engine."""
     warnings: tuple[str, ...] = ()
-    pace: float | None = None
-    """Mean step over the law that a paced engine was set to, less 1; None where none was set."""
+    pace: Pace | None = None
+    """How a set step time was kept; None where none was set, or the run is too short to say."""
 
     @property
     def valid(self) -> bool:
         in_time = self.overrun is None or self.overrun <= OVERRUN_LIMIT
-        paced = self.pace is None or abs(self.pace) <= PACE_LIMIT
+        paced = self.pace is None or self.pace.kept
         return self.fidelity.valid and in_time and paced
 
 
@@ -43,10 +44,14 @@ class Evidence:
     """Everything a verdict rests on. ``prediction`` is the claim; it was on disk before any run."""
 
     name: str
+    mode: str
+    """What kind of server answered, such as "mock server: ..." or "emulation: ..."."""
     theta: float
     prediction: Prediction
     paper: Prediction
     engine: Prediction
+    mechanisms: tuple[Mechanism, ...]
+    """What leads from the paper's rate to the engine's, by the prediction."""
     simulated: Estimate | None
     limits: EngineLimits
     workload: Workload

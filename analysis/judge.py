@@ -17,7 +17,12 @@ from analysis.identity import Identity, identity
 from analysis.premises import premises
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity, capacity, judge_run
 from analysis.verdict import Check, Outcome, RunJudgement, Verdict
-from analysis.verdict_tables import assumed_observed, other_measurements, other_predictions
+from analysis.verdict_tables import (
+    assumed_observed,
+    from_paper,
+    other_measurements,
+    other_predictions,
+)
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -47,6 +52,7 @@ def judge(evidence: Evidence) -> Verdict:
     ruling = _decide(found, measured, share)
     return Verdict(
         name=evidence.name,
+        mode=evidence.mode,
         claim=evidence.prediction.claim,
         grade=evidence.prediction.grade,
         theta=evidence.theta,
@@ -65,6 +71,7 @@ def judge(evidence: Evidence) -> Verdict:
         runs=judgements,
         premises=held,
         audit=tuple(audit),
+        from_paper=from_paper(evidence, measured),
         identity=audited.factors if audited else (),
         table=assumed_observed(evidence, held, best, audited),
     )
@@ -259,9 +266,22 @@ def _causes(
         advice.append("calibrate again: the step-time law does not hold at saturation")
     if binds != prediction.binding:
         causes.append(f"{binds} bound, {prediction.binding} was predicted to")
+    if prediction.claim == "paper" and found.evidence.mechanisms:
+        causes.append(_left_out(found.evidence, best))
+        advice.append("claim: engine has these mechanisms in its prediction")
     if share.low > 1:
         causes.append(
             "the measured rate lies above an upper bound: the pool, the step time or the lengths "
             "that went into the prediction are wrong"
         )
     return tuple(causes), tuple(advice)
+
+
+def _left_out(evidence: Evidence, best: Capacity) -> str:
+    """What the paper's formula leaves out, by the engine model, and how well that explains the gap."""
+    effects = ", ".join(f"{m.name} {100 * (m.factor - 1):+.1f} %" for m in evidence.mechanisms)
+    explained = ratio(best.by_work, evidence.engine.critical_rate, "measured over engine model")
+    return (
+        f"the formula leaves out: {effects}; with them measured / predicted {explained.value:.3f} "
+        f"[{explained.low:.3f}, {explained.high:.3f}]"
+    )

@@ -21,18 +21,20 @@ from analysis.formatting import (
     words,
 )
 from analysis.frames import RunFrames
-from analysis.report_figures import figure_groups
+from analysis.report_figures import calibration_group, figure_groups
 from analysis.report_tables import (
     Table,
     assumed_table,
     checks_table,
     fidelity_table,
+    from_paper_table,
     identity_table,
     numbers_table,
     others_table,
     record_tables,
     runs_table,
     step_time_table,
+    trust_tables,
 )
 from analysis.verdict import Verdict
 
@@ -58,8 +60,7 @@ class ReportContext:
     """What a report shows beside the verdict and the runs.
 
     ``created`` is an ISO date and time. ``missing`` says in sentences which records the folder
-    lacks. ``mode`` says what kind of server answered, such as "mock server: scheduler model, step
-    time is set".
+    lacks.
     """
 
     title: str
@@ -69,7 +70,6 @@ class ReportContext:
     calibration: Mapping[str, Any] | None
     config: str
     missing: tuple[str, ...] = ()
-    mode: str = ""
     workload: Mapping[str, Any] | None = None
 
 
@@ -92,7 +92,7 @@ def report_html(verdict: Verdict, runs: Sequence[RunFrames], context: ReportCont
         facts=_facts(verdict),
         binding=binding_sentence(verdict),
         strip=_strip(verdict),
-        groups=figure_groups(verdict, runs),
+        groups=[*figure_groups(verdict, runs), *calibration_group(context.calibration)],
         missing=_missing(verdict, runs, context),
         warnings=warnings_of(verdict),
         tables=_tables(verdict),
@@ -102,7 +102,7 @@ def report_html(verdict: Verdict, runs: Sequence[RunFrames], context: ReportCont
 
 def report_md(verdict: Verdict, context: ReportContext) -> str:
     """The report's text and tables in Markdown."""
-    lines = [f"# {context.title}", "", f"critrate, {context.created}. {context.mode}".strip(), ""]
+    lines = [f"# {context.title}", "", f"critrate, {context.created}. {verdict.mode}".strip(), ""]
     lines += [f"## {words(verdict.outcome)}: {verdict.headline}", "", rule_of(verdict), ""]
     for name, value, interval, how in _facts(verdict):
         lines.append(f"- **{name}**: {value} {interval} ({how})")
@@ -197,6 +197,7 @@ def _tables(verdict: Verdict) -> list[Table]:
         assumed_table(verdict),
         checks_table("Premises of the claim", verdict.premises, PREMISES_NOTE),
         checks_table("Audit", verdict.audit, AUDIT_NOTE),
+        from_paper_table(verdict),
         identity_table(verdict),
         others_table(verdict),
         fidelity_table(verdict.runs),
@@ -211,6 +212,7 @@ def _inputs(context: ReportContext) -> list[Table]:
     if context.calibration is not None:
         law = step_time_table(context.calibration)
         tables += [law] if law is not None else []
+        tables += trust_tables(context.calibration)
         tables += record_tables("Calibration", context.calibration)
     return tables + record_tables("Environment", context.environment)
 

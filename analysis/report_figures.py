@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -11,6 +12,7 @@ from analysis import figures
 from analysis.figure_style import run_colors
 from analysis.figures import Pair
 from analysis.figures_of_rates import drift_against_rate, forest
+from analysis.figures_of_steps import step_time_figure
 from analysis.formatting import percent
 from analysis.frames import RunFrames
 from analysis.verdict import Verdict
@@ -47,6 +49,18 @@ def figure_groups(verdict: Verdict, runs: Sequence[RunFrames]) -> list[FigureGro
         caption = "What the GPU's own counters reported, one line per GPU; warm-up shaded."
         groups.append(FigureGroup("GPU", caption, panels, wide=False))
     return groups
+
+
+def calibration_group(calibration: Mapping[str, Any] | None) -> list[FigureGroup]:
+    """The picture of the calibration; none where no design of it was recorded."""
+    svg = None if calibration is None else step_time_figure(calibration)
+    if svg is None:
+        return []
+    caption = (
+        "Blue: each design of probe, measured over fitted, with the 95 % interval that its repeats "
+        "give. Red: the step at saturation, which no probe reached, with its interval."
+    )
+    return [FigureGroup("Calibration", caption, (_panel(svg),), wide=True)]
 
 
 def _rates(verdict: Verdict) -> FigureGroup:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from analysis.calibration_lines import TERMS, calibration_lines
 from analysis.estimate import Estimate
 from analysis.formatting import (
     NOT_MEASURED,
@@ -31,6 +32,7 @@ STEP_TIME_TERMS = (
     ("b2_s_per_kv_token", "s/token", "per resident KV token"),
     ("b3_s_per_request", "s/request", "per running request"),
 )
+TERM_NAMES = tuple(term[0] for term in TERMS)
 STATES = {True: "holds", False: "fails", None: "cannot say"}
 
 
@@ -106,6 +108,7 @@ RUN_ROWS: tuple[str | RunRow, ...] = (
     ("KV cache in use", lambda r: percent(r.kv_usage)),
     ("preemptions", lambda r: grouped(r.preemptions)),
     ("step time", lambda r: estimate_text(r.step_time_s)),
+    ("step time that was set", lambda r: "none" if r.pace is None else r.pace.text()),
     "Client side, from the scheduled arrival",
     ("TTFT, median", lambda r: _ttft(r.ttft_p50_s)),
     ("TTFT, 95th percentile", lambda r: _ttft(r.ttft_p95_s)),
@@ -163,6 +166,19 @@ def checks_table(title: str, checks: Sequence[Check], note: str) -> Table:
     )
 
 
+def from_paper_table(verdict: Verdict) -> Table:
+    """The factors whose product is measured over the paper's rate."""
+    rows = tuple(
+        (f.name, value_text(f.estimate), interval_text(f.estimate), f.note)
+        for f in verdict.from_paper
+    )
+    note = (
+        "The paper's rate times these factors is the measured rate. Each mechanism is what the engine "
+        "model predicts for it, in this order; the last row is what they leave."
+    )
+    return Table("From the paper's rate", ("mechanism", "factor", "interval", "how"), rows, note)
+
+
 def identity_table(verdict: Verdict) -> Table:
     """The factors whose product is measured over predicted."""
     rows = tuple(
@@ -203,6 +219,13 @@ def step_time_table(calibration: Mapping[str, Any]) -> Table | None:
         rows.append((f"b{i}, {meaning}", value_text(value), interval_text(value), value.method))
     note = "Seconds per step = b0 + b1 x tokens + b2 x resident KV tokens + b3 x running requests."
     return Table("Step-time law", ("term", "value", "interval", "how"), tuple(rows), note)
+
+
+def trust_tables(calibration: Mapping[str, Any]) -> list[Table]:
+    """The pool, the tests of the law and the engine's own word; none for a record without them."""
+    lines = tuple(line for line in calibration_lines(calibration) if line[0] not in TERM_NAMES)
+    note = "Before any load; a check is engine over client, with each design of probe kept apart."
+    return [Table("How far the calibration holds", ("what", "says"), lines, note)] if lines else []
 
 
 def leaf_text(value: Any) -> str:

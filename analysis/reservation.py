@@ -13,11 +13,8 @@ which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three
 * *Room that cannot be used.* The head of the queue is asked for N tokens, s + d, or s when looking
   ahead, and keeps a = s + rho d of them: room lies anywhere in [N - a, N] while it waits, so that
   u = E[a (2 N - a)] / (2 E[a]); with N = a = X = s + d that is E[X^2] / (2 E[X]).
-* *Prefill steps.* Prompts are computed when a request leaves and the head then fits. On the line of
-  room, heads are a renewal process of density 1 / E[X], and one decode step uncovers the stretch S
-  of those that it completes, a Poisson number of them with mean x: the chance of a head in it is
-  E[min(X, S)] / E[X]. Long prompts are cut, and take as many steps as they have chunks. Requests of
-  one output leave with their prefill step: their room admits others at once, a chain of passes.
+* *Prefill steps.* Prompts are computed when a request leaves and the head then fits: see
+  `analysis.prefill_passes`.
 * *rho.* Requests that may end early count with ``new_token_ratio``, which falls to its floor unless
   the pool overflows first; see `saturated_ratio`.
 """
@@ -29,8 +26,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import norm
 
 from analysis import kv_demand
 from analysis.engine import EngineLimits, SGLangRules
@@ -38,6 +33,7 @@ from analysis.estimate import Estimate
 from analysis.kv_demand import rounded_sum
 from analysis.operating_point import FIXED_BELOW_CV, Demand, Operation, Point, cut_off
 from analysis.prediction import CeilingName
+from analysis.prefill_passes import heads_uncovered, passes_in_a_row, steps_per_pass
 from analysis.sglang import (
     INITIAL_RATIO,
     MIN_RATIO_FACTOR,
@@ -50,9 +46,6 @@ Floats = NDArray[np.float64]
 
 OVERFLOW_SHARE = 0.05
 """Share of the decode steps' completions after which a pool without spare room would overflow."""
-LATTICE = 2048
-"""Points on which the law of X is put to convolve it; its mean is kept exactly."""
-
 
 MODEL_ERROR = 0.01
 """Relative standard deviation of the closed form against `analysis.sglang` under saturation, where
@@ -144,7 +137,7 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
         supply,
         Operation(found.requests / stretch, found.memory_share, 0.0),
         _model_error(workload, limits, found),
-        tuple(notes),
+        notes=tuple(notes),
         settling_steps=0 if found.ratio == 1 else math.ceil(RATIO_DECAY_STEPS * stretch),
     )
 
@@ -254,14 +247,14 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
         running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
         x = running / in_batch
     by_rows = -math.expm1(-x) / x
-    events = share * _heads_uncovered(law, demand, x, ratio) + (1 - share) * by_rows
-    passes = events * (1 - alone) * _chain(alone, events * (1 - alone))
+    events = share * heads_uncovered(law, demand.declared, x, ratio) + (1 - share) * by_rows
+    passes = events * (1 - alone) * passes_in_a_row(alone, events * (1 - alone))
     return Reserving(
         requests=x / (1 - alone),
         by_pool=by_pool / (1 - alone),
         ceilings={name: ceiling / (1 - alone) for name, ceiling in ceilings.items()},
         running=x * in_batch,
-        prefill_steps=passes * _steps_per_pass(workload, limits, max(1 / passes, 1.0)),
+        prefill_steps=passes * steps_per_pass(workload, limits, max(1 / passes, 1.0)),
         ratio=ratio,
         memory_share=share,
     )
@@ -280,20 +273,6 @@ def _decoding(workload: Workload) -> Workload:
         weight=workload.weight[some] / workload.weight[some].sum(),
         observed=workload.observed[some],
     )
-
-
-def _chain(alone: float, events: float) -> float:
-    """Passes of admission in a row, when a share ``alone`` of the requests leaves with its pass.
-
-    The first pass admits (1 - alone) / events, each next one takes the room of those who left.
-    """
-    passes, admitted = 1.0, (1 - alone) / events
-    for _ in range(1000):
-        admitted *= alone
-        if admitted < 1e-6:
-            break
-        passes -= math.expm1(-admitted)
-    return passes
 
 
 def usable_tokens(workload: Workload, limits: EngineLimits, demand: ReservedDemand) -> float:
@@ -353,78 +332,3 @@ def _ratio_after_retraction(workload: Workload) -> float:
     o, d = workload.output_tokens, workload.max_tokens
     generated = workload.mean(o * (o - 1) / 2) + RETRACT_DECODE_STEPS * workload.mean(o - 1)
     return min(generated / workload.mean((o - 1) * d), 1.0)
-
-
-# -- prefill steps ---------------------------------------------------------------------------------
-
-
-def _heads_uncovered(workload: Workload, demand: ReservedDemand, x: float, ratio: float) -> float:
-    """Passes of admission that admit somebody, per request, while the pool is what limits."""
-    charge = demand.declared
-    law, width = _on_lattice(charge, workload.weight)
-    size = LATTICE * 2 ** math.ceil(math.log2(8 + 4 * x))
-    completed = np.fft.irfft(np.exp(x * (np.fft.rfft(law, size) - 1)), size)
-    longer = np.clip(1 - np.cumsum(completed)[: len(law)], 0, 1)
-    beyond = np.clip(1 - np.cumsum(law), 0, 1)
-    renewal = float((longer * beyond).sum()) * width / workload.mean(charge) / x
-    if ratio == 1.0:
-        return renewal
-    return (renewal + _bursts(workload, demand, x, ratio)) / 2
-
-
-def _bursts(workload: Workload, demand: ReservedDemand, x: float, ratio: float) -> float:
-    """The same in the limit of many small completions, where admissions come in bursts.
-
-    A head is asked for s + d but afterwards takes only a = s + rho d, so that room for one is soon
-    room for the next. The room A is then a diffusion with drift x a and variance x E[(s + o)^2] per
-    decode step, and a pass that finds A > E[X] = b admits A / b requests. Its stationary density is
-    exponential below b and normal above.
-    """
-    s, o, d = workload.prompt_tokens, workload.output_tokens, workload.max_tokens
-    b = workload.mean(demand.declared)
-    a = min(workload.mean(s + ratio * d), b)
-    variance = x * workload.mean((s + o) ** 2)
-    passes = -math.expm1(-x)
-    below = variance / (2 * x * a)
-    centre, sd = x * b / passes, math.sqrt(variance * b / (2 * passes * a))
-    lift = (centre - b) / sd
-    above = sd * float(norm.cdf(lift) / norm.pdf(lift))
-    return above / (above + below) * passes / x
-
-
-def _steps_per_pass(workload: Workload, limits: EngineLimits, prompts: float) -> float:
-    """Prefill steps that one pass takes which admits so many prompts on average.
-
-    Their number is taken as Poisson, given that it is not zero. A step takes a chunk of them, or,
-    where ``max_prefill_tokens`` come first, whole prompts until they are reached: the last one then
-    runs over by E[s^2] / (2 E[s]), or, where prompts are never cut, stays out.
-    """
-    assert limits.sglang is not None
-    chunk, most = limits.max_num_batched_tokens, limits.sglang.max_prefill_tokens
-    lengths = workload.prompt_tokens
-    mean = workload.mean(lengths)
-    if chunk is None or chunk > most:
-        over = workload.mean(lengths * lengths) / (2 * mean)
-        step = max(most - over, mean) if chunk is None else min(most + over, float(chunk))
-        return max(1.0, prompts * mean / step)
-    if prompts <= 1.0 + 1e-9 and lengths.max() <= chunk:
-        return 1.0
-    rate = float(brentq(lambda r: r / -math.expm1(-r) - prompts, 1e-9, prompts + 1.0))
-    law, width = _on_lattice(lengths.astype(float), workload.weight)
-    size = LATTICE * 2 ** math.ceil(math.log2(4 + 2 * rate + 8 * math.sqrt(rate)))
-    once = np.fft.rfft(law, size)
-    together = np.fft.irfft(np.expm1(rate * once) / math.expm1(rate), size)
-    cumulative = np.cumsum(together)
-    at = (np.arange(chunk, size * width, chunk) / width).astype(np.int64)
-    return 1.0 + float(np.clip(1 - cumulative[np.minimum(at, size - 1)], 0, 1).sum())
-
-
-def _on_lattice(values: Floats, weight: Floats) -> tuple[Floats, float]:
-    """The law of ``values`` on multiples of a width, shape (LATTICE + 2,), its mean kept."""
-    width = float(values.max()) / LATTICE
-    below = np.floor(values / width).astype(np.int64)
-    above = values / width - below
-    law = np.zeros(LATTICE + 2)
-    np.add.at(law, below, weight * (1 - above))
-    np.add.at(law, below + 1, weight * above)
-    return law, width

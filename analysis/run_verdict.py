@@ -11,7 +11,6 @@ from analysis.audit import Saturation, saturation, step_time
 from analysis.estimate import Estimate
 from analysis.evidence import (
     OVERRUN_LIMIT,
-    PACE_LIMIT,
     Evidence,
     MeasuredRun,
     variance_ratio,
@@ -78,6 +77,7 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
         else 0,
         backlogged=float((observed["waiting"] > 0).mean()) if len(observed) else math.nan,
         step_time_s=mean_step,
+        pace=run.pace,
         ttft_p50_s=float(np.quantile(ttft, 0.50, method="lower")) if len(ttft) else math.nan,
         ttft_p95_s=float(np.quantile(ttft, 0.95, method="lower")) if len(ttft) else math.nan,
         warnings=run.warnings,
@@ -105,11 +105,8 @@ def _why_invalid(run: MeasuredRun) -> str:
     failed = [c.name for c in run.fidelity.checks if c.passed is False]
     if run.overrun is not None and run.overrun > OVERRUN_LIMIT:
         failed.append(f"mock server: {100 * run.overrun:.1f} % of its steps ran late")
-    if run.pace is not None and abs(run.pace) > PACE_LIMIT:
-        failed.append(
-            f"paced engine: its steps were {100 * run.pace:+.1f} % off the time they were set to, "
-            f"{100 * PACE_LIMIT:.0f} % are allowed"
-        )
+    if run.pace is not None and not run.pace.kept:
+        failed.append(run.pace.complaint())
     return "invalid: " + ", ".join(failed)
 
 

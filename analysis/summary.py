@@ -43,10 +43,13 @@ def summary(verdict: Verdict) -> Text:
     label = max(10, len(words(verdict.outcome))) + 2
     text = Text()
     _entry(text, label, "claim", _claim(verdict))
+    _entry(text, label, "server", [verdict.mode])
     _runs(text, label, verdict.runs)
     _entry(text, label, "measured", _measured(verdict))
     if verdict.predictions:
         _entry(text, label, "beside it", _beside(verdict))
+    if verdict.from_paper:
+        _entry(text, label, "from paper", _from_paper(verdict))
     style = OUTCOME_STYLE[verdict.outcome]
     _entry(text, label, words(verdict.outcome), [verdict.headline], style)
     for line in (*verdict.reasons, *verdict.advice):
@@ -90,6 +93,18 @@ def _beside(verdict: Verdict) -> list[str]:
         if verdict.measured is not None:
             distance = gap(other.estimate.value, verdict.measured.value)
             part += f" (GAP {percent(distance)})"
+        parts.append(part)
+    return parts
+
+
+def _from_paper(verdict: Verdict) -> list[str]:
+    """What each mechanism takes from the paper's rate, and what is left to explain."""
+    parts = []
+    for factor in verdict.from_paper:
+        value = factor.estimate
+        part = f"{factor.name} {100 * (value.value - 1):+.1f} %"
+        if value.high > value.low:
+            part += f" [{100 * (value.low - 1):+.1f}, {100 * (value.high - 1):+.1f}]"
         parts.append(part)
     return parts
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from analysis.estimate import Estimate
+from analysis.pace import Pace
 from loadgen.records import LoadFidelity
 
 Outcome = Literal["confirmed", "refuted", "inconclusive", "premise_violated", "invalid"]
@@ -47,6 +48,8 @@ class RunJudgement:
     backlogged: float
     """Share of the time in which the waiting queue was not empty."""
     step_time_s: Estimate | None
+    pace: Pace | None
+    """How a set step time was kept; None where none was set."""
     ttft_p50_s: float
     ttft_p95_s: float
     warnings: tuple[str, ...] = ()
@@ -88,6 +91,8 @@ class Verdict:
     """The answer of an experiment; see design "Claims, measurements, verdicts" for each outcome."""
 
     name: str
+    mode: str
+    """What kind of server answered: a real engine, an emulation, a mock."""
     claim: str
     grade: str
     theta: float
@@ -111,6 +116,8 @@ class Verdict:
     runs: tuple[RunJudgement, ...]
     premises: tuple[Check, ...]
     audit: tuple[Check, ...]
+    from_paper: tuple[NamedEstimate, ...]
+    """Factors from the paper's rate to the measured one: those predicted, then what they leave."""
     identity: tuple[NamedEstimate, ...]
     """The three factors of measured/predicted: occupancy, step time, work not wasted."""
     table: tuple[AssumedObserved, ...]

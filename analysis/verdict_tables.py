@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.audit import binding_resource
-from analysis.estimate import Estimate, combined
+from analysis.estimate import Estimate, combined, ratio
 from analysis.evidence import Evidence
 from analysis.growth import HingePoint, hinge
 from analysis.identity import Identity
@@ -59,6 +59,32 @@ def other_predictions(evidence: Evidence, best: Capacity | None) -> tuple[NamedE
             )
         )
     return tuple(others)
+
+
+def from_paper(evidence: Evidence, measured: Estimate | None) -> tuple[NamedEstimate, ...]:
+    """The paper's rate times these factors is the measured rate; none where none were predicted.
+
+    Each mechanism as the engine model predicts it, then measured over the engine's prediction, which
+    is what they leave; that one is missing where nothing was measured.
+    """
+    if not evidence.mechanisms:
+        return ()
+    factors = [
+        NamedEstimate(
+            name=m.name,
+            estimate=Estimate.exact(m.factor, "", "engine model"),
+            note="predicted before the first run",
+        )
+        for m in evidence.mechanisms
+    ]
+    if measured is not None:
+        left = ratio(
+            measured, evidence.engine.critical_rate, "measured over the engine's prediction"
+        )
+        factors.append(
+            NamedEstimate(name="unexplained", estimate=left, note="of all these factors")
+        )
+    return tuple(factors)
 
 
 def _engine_note(prediction: Prediction) -> str:

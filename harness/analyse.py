@@ -11,11 +11,13 @@ import yaml
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.evidence import Evidence, MeasuredRun
-from analysis.frames import run_frames
+from analysis.frames import RunFrames, run_frames
 from analysis.judge import judge
-from analysis.prediction import Prediction
+from analysis.pace import Pace, busy_step_s
+from analysis.prediction import Claim, Prediction
 from analysis.report import ReportContext, report_html, report_md
 from analysis.verdict import Verdict
+from analysis.waterfall import Mechanism
 from harness.config import ExperimentConfig, load_config
 from harness.launch import PACE_LOG
 from harness.store import Store, StoredRun, StoreError, missing
@@ -48,10 +50,13 @@ def write_report(store: Store, evidence: Evidence, verdict: Verdict) -> None:
     store.write_text("report.md", report_md(verdict, context))
 
 
-def load_evidence(store: Store) -> Evidence:
-    """Everything that a verdict rests on, read from the folder."""
+def load_evidence(store: Store, claim: Claim | None = None) -> Evidence:
+    """Everything that a verdict rests on, read from the folder.
+
+    ``claim`` asks the same records about another claim than the config's: its prediction was on disk
+    before the first run as well.
+    """
     config = load_config(store.path / "config.yaml")
-    is_mock = config.server is not None and config.server.mock is not None
     prediction = store.read_json("prediction.json")
     digest = store.digest("prediction.json")
     for name, made_from in prediction["made_from"].items():
@@ -75,25 +80,28 @@ def load_evidence(store: Store) -> Evidence:
     simulated = prediction.get("simulated")
     return Evidence(
         name=config.name,
+        mode=_mode(config),
         theta=config.theta,
-        prediction=Prediction.from_dict(prediction["claim"]),
+        prediction=Prediction.from_dict(prediction[claim or "claim"]),
         paper=Prediction.from_dict(prediction["paper"]),
         engine=Prediction.from_dict(prediction["engine"]),
+        mechanisms=tuple(Mechanism(**m) for m in prediction.get("mechanisms", ())),
         simulated=None if simulated is None else Estimate.from_dict(simulated),
         limits=limits,
         workload=config.law(),
-        runs=tuple(_measured(run, is_mock, _pace(store, config, run)) for run in stored),
+        runs=tuple(_measured(store, config, run) for run in stored),
     )
 
 
-def _pace(store: Store, config: ExperimentConfig, run: StoredRun) -> float | None:
-    """Mean step of the run over the law that vLLM was paced by, less 1; None where it was not paced.
-
-    SGLang is slowed down, by the same sleep in every step: it has no law to be held against.
-    """
+def _pace(store: Store, config: ExperimentConfig, run: StoredRun, frames: RunFrames) -> Pace | None:
+    """How the run kept the step time that was set; None where none was, or too few steps were seen."""
     launch = None if config.server is None else config.server.launch
-    if launch is None or launch.step_time is None or launch.runs != "vllm":
+    if launch is None or launch.step_time is None:
         return None
+    if launch.runs == "sglang":
+        step_s = busy_step_s(frames)
+        set_s = launch.step_time.law().b0_s
+        return None if step_s is None else Pace(step_s, set_s, sleeps=True)
     if not store.has(PACE_LOG):
         raise StoreError(
             f"{store.path} has no {PACE_LOG}: the paced engine's own record; restore it"
@@ -104,19 +112,23 @@ def _pace(store: Store, config: ExperimentConfig, run: StoredRun) -> float | Non
         raise StoreError(
             f"{store.path}/{PACE_LOG} shows no step of run {run.run.id}: was the engine paced?"
         )
-    return float(sum(x["took_s"] for x in inside) / sum(x["law_s"] for x in inside) - 1.0)
+    took_s, law_s, steps = (sum(x[name] for x in inside) for name in ("took_s", "law_s", "steps"))
+    return Pace(took_s / steps, law_s / steps)
 
 
-def _measured(run: StoredRun, is_mock: bool, pace: float | None) -> MeasuredRun:
+def _measured(store: Store, config: ExperimentConfig, run: StoredRun) -> MeasuredRun:
     frames = run_frames(run.run, run.start_ns, run.end_ns, run.records, run.samples, run.gpu)
     overrun = None
-    if is_mock and len(frames.engine) > 1:
+    if config.server is not None and config.server.mock is not None and len(frames.engine) > 1:
         counted = frames.engine[["overrun_steps", "steps"]].iloc[[0, -1]].diff().iloc[-1]
         overrun = float(counted["overrun_steps"] / max(counted["steps"], 1.0))
     warnings = list(run.warnings)
     assert run.end is not None
     if run.end["reason"] != "horizon":
         warnings.append(f"it ended early: {run.end['reason']}")
+    pace = _pace(store, config, run, frames)
+    if pace is None and config.server is not None and config.server.emulated:
+        warnings.append("its step time was set; too few steps were seen to say whether it was kept")
     stats = run.end.get("sampler")
     if stats and stats["failures"]:
         warnings.append(
@@ -154,7 +166,6 @@ def _context(store: Store, evidence: Evidence) -> ReportContext:
         calibration=calibration,
         config=yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False),
         missing=tuple(m for m in missing(store.path) if "verdict" not in m),
-        mode=_mode(config),
         workload=_workload(evidence),
     )
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import sys
-from collections.abc import Coroutine
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,17 +15,19 @@ from rich.console import Console
 from analysis.judge import judge
 from analysis.kv_cache import ImpossibleCache
 from analysis.model_shape import UnknownShape
+from analysis.prediction import Claim
 from analysis.summary import summary
-from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence, write_report
-from harness.calibrate import CalibrationFailed
+from harness.calibrate_command import calibrate_command
 from harness.config import ConfigError, load_config, load_mock_config
 from harness.display import Display
 from harness.engines import MissingMetric
 from harness.experiment import run_experiment
+from harness.interrupts import until_terminated
 from harness.kv_cache_command import kv_cache_command
 from harness.plan import HorizonTooShort
 from harness.predict import offline_predictions
+from harness.prober import CalibrationFailed
 from harness.sampler import ServerGone
 from harness.server import ServerFailed
 from harness.server_limits import LimitsUnreadable
@@ -79,7 +79,7 @@ def run(
     console = Console(stderr=as_json)
     with Display(console, quiet=as_json) as display:
         try:
-            verdict = asyncio.run(_until_terminated(run_experiment(settings, store, display, plan)))
+            verdict = asyncio.run(until_terminated(run_experiment(settings, store, display, plan)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise typer.Exit(INTERRUPT_EXIT) from None
     if verdict is None:
@@ -105,11 +105,21 @@ def predict(config: ConfigPath, as_json: Json = False) -> None:
 
 
 @app.command("analyse")
-def analyse_folder(folder: Folder) -> None:
+def analyse_folder(
+    folder: Folder,
+    claim: Annotated[
+        Claim | None,
+        typer.Option(help="ask the same records about this claim; nothing is written"),
+    ] = None,
+) -> None:
     """Judge a results folder again, from its files alone."""
     store = Store.open(folder)
-    verdict = analyse(store)
     console = Console()
+    if claim is None:
+        verdict = analyse(store)
+    else:
+        verdict = judge(load_evidence(store, claim))
+        console.print("asked       of these records; the claim under test is that of the config")
     console.print(summary(verdict), highlight=False, soft_wrap=True)
     for sentence in missing(store.path):
         console.print(f"missing     {sentence}", highlight=False, markup=False, soft_wrap=True)
@@ -138,14 +148,7 @@ def mock(
 
 
 app.command("kv-cache")(kv_cache_command)
-
-
-async def _until_terminated(work: Coroutine[Any, Any, Verdict | None]) -> Verdict | None:
-    """SIGTERM and a closed terminal end the work as an interrupt does: servers stopped, runs judged."""
-    task = asyncio.ensure_future(work)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    return await task
+app.command("calibrate")(calibrate_command)
 
 
 def _new_folder(name: str) -> Path:

@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from harness.launch import LaunchConfig
 from harness.mock_config import MockServerConfig, SGLangRulesConfig
-from harness.sections import Positive, Section, StepTimeConfig
-from loadgen.length_laws import lognormal
+from harness.sections import ConfigError, File, Positive, Section, StepTimeConfig
+from harness.workload_config import WorkloadConfig
 from loadgen.prompts import FIRST_ORDINARY_ID
-from loadgen.traces import (
-    read_azure,
-    read_burstgpt,
-    read_marginals,
-    read_mooncake,
-    read_sharegpt,
-    read_vidur,
-    shipped,
-)
-from loadgen.workload import Side, Workload, clipped, declared, fixed, mixture, part, uniform
+from loadgen.workload import Workload
 
-Range = tuple[Positive, Positive]
+__all__ = [
+    "ConfigError",
+    "ExperimentConfig",
+    "LimitsConfig",
+    "ServerConfig",
+    "WorkloadConfig",
+    "load_config",
+    "load_mock_config",
+]
+
 SERVER_READY_S = 60.0
 ENGINE_READY_S = 300.0
 """An engine loads its model first; on two busy cores SGLang was seen to take 130 s."""
-
-
-READERS = {
-    "azure": read_azure,
-    "burstgpt": read_burstgpt,
-    "mooncake": read_mooncake,
-    "sharegpt": read_sharegpt,
-    "vidur": read_vidur,
-}
-
-
-class ConfigError(Exception):
-    """The config cannot be used; the message names the key and the mend."""
-
+SECRETS = ("server.headers", "server.api_key_env")
+"""Keys whose values are not shown, not even when they are refused: somebody may have put a key there."""
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -82,6 +64,10 @@ class ServerConfig(Section):
     url: str | None = None
     launch: LaunchConfig | None = None
     headers: dict[str, str] = Field(default_factory=dict)
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Environment variable that holds the key."""
+    tls_ca: File | None = None
+    """Certificates of the authorities that are trusted in place of this machine's own."""
     mock: MockServerConfig | None = None
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     ready_timeout_s: Annotated[float, Field(gt=0)] | None = None
@@ -104,6 +90,16 @@ class ServerConfig(Section):
             raise ValueError("url must start with http:// or https://")
         return self
 
+    @model_validator(mode="after")
+    def _one_key(self) -> ServerConfig:
+        if "@" in urlsplit(self.url or "").netloc:
+            raise ValueError("url: leave user and password out of it: use headers or api_key_env")
+        if self.api_key_env is not None and "authorization" in map(str.lower, self.headers):
+            raise ValueError("api_key_env: headers hold an Authorization already: give one of them")
+        if self.tls_ca is not None and not (self.url or "").startswith("https://"):
+            raise ValueError("tls_ca: it goes with a url that starts with https://")
+        return self
+
     @property
     def timeout_s(self) -> float:
         """How long the server may take to answer."""
@@ -114,159 +110,6 @@ class ServerConfig(Section):
     def emulated(self) -> bool:
         """Is it a real engine whose step time is set?"""
         return self.launch is not None and self.launch.step_time is not None
-
-
-class UniformConfig(Section):
-    """Independent uniform lengths, both bounds included."""
-
-    prompt: Range
-    output: Range
-
-    @model_validator(mode="after")
-    def _ordered(self) -> UniformConfig:
-        for name in ("prompt", "output"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: the first bound {low} exceeds the second {high}")
-        return self
-
-
-class FixedConfig(Section):
-    """Every request has these lengths."""
-
-    prompt: Positive
-    output: Positive
-
-
-class LengthConfig(Section):
-    """One log-normal length: its mean and coefficient of variation, and where it is cut off."""
-
-    mean: Annotated[float, Field(gt=0)]
-    cv: Annotated[float, Field(gt=0)]
-    bounds: Range
-
-
-class LognormalConfig(Section):
-    """Log-normal lengths with Pearson's correlation of the lengths themselves."""
-
-    prompt: LengthConfig
-    output: LengthConfig
-    correlation: Annotated[float, Field(gt=-1, lt=1)] = 0.0
-
-
-def _beside(file: Path, info: ValidationInfo) -> Path:
-    """An existing file; a relative path starts at the folder of the config."""
-    folder = (info.context or {}).get("folder", Path())
-    path: Path = (folder / file).resolve()
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    return path
-
-
-File = Annotated[Path, AfterValidator(_beside)]
-
-
-class PartConfig(Section):
-    """A random share of a trace's requests to estimate from; the other side is the rest."""
-
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    seed: Annotated[int, Field(ge=0)] = 1
-    side: Side
-
-
-class TraceConfig(Section):
-    """Paired lengths from a public trace; a relative file is looked up beside the config."""
-
-    file: File
-    format: Literal["azure", "burstgpt", "mooncake", "vidur", "sharegpt"]
-    part: PartConfig | None = None
-
-    def law(self) -> Workload:
-        whole = READERS[self.format](self.file)
-        if self.part is None:
-            return whole
-        return part(whole, self.part.share, self.part.seed, self.part.side)
-
-
-class MarginalsConfig(Section):
-    """Two files of lengths and probabilities; prompt and output are taken as independent."""
-
-    prompt: File
-    output: File
-
-
-class DeclareConfig(Section):
-    """The ``max_tokens`` that a client declares beyond what it will use; exactly one key."""
-
-    max_tokens: Positive | None = None
-    factor: Annotated[float, Field(ge=1)] | None = None
-    extra: Annotated[int, Field(ge=0)] | None = None
-
-
-LAWS = ("uniform", "fixed", "lognormal", "shipped", "trace", "marginals", "mixture")
-
-
-class WorkloadConfig(Section):
-    """Exactly one law of lengths, or a mixture of laws by weight; and what its requests declare."""
-
-    uniform: UniformConfig | None = None
-    fixed: FixedConfig | None = None
-    lognormal: LognormalConfig | None = None
-    shipped: Literal["azure_2023_conv"] | None = None
-    trace: TraceConfig | None = None
-    marginals: MarginalsConfig | None = None
-    mixture: tuple[MixtureConfig, ...] | None = None
-    max_total_tokens: Positive | None = None
-    declare: DeclareConfig | None = None
-    ignore_eos: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_law(self) -> WorkloadConfig:
-        if sum(getattr(self, name) is not None for name in LAWS) != 1:
-            raise ValueError(f"give exactly one of {', '.join(LAWS)}")
-        return self
-
-    def build(self) -> Workload:
-        """The law of lengths. Raises ConfigError when it cannot be read or nothing is left of it."""
-        try:
-            workload = self._law()
-            if self.declare is not None:
-                workload = declared(workload, **self.declare.model_dump())
-            if self.ignore_eos is not None:
-                workload = replace(workload, ignore_eos=self.ignore_eos)
-            if self.max_total_tokens is not None:
-                workload, _ = clipped(workload, self.max_total_tokens)
-        except ValueError as error:
-            raise ConfigError(f"workload: {error}") from error
-        return workload
-
-    def _law(self) -> Workload:
-        if self.uniform is not None:
-            return uniform(self.uniform.prompt, self.uniform.output)
-        if self.fixed is not None:
-            return fixed(self.fixed.prompt, self.fixed.output)
-        if self.lognormal is not None:
-            s, o = self.lognormal.prompt, self.lognormal.output
-            return lognormal(
-                (s.mean, s.cv), (o.mean, o.cv), self.lognormal.correlation, s.bounds, o.bounds
-            )
-        if self.shipped is not None:
-            return shipped(self.shipped)
-        if self.trace is not None:
-            return self.trace.law()
-        if self.marginals is not None:
-            return read_marginals(self.marginals.prompt, self.marginals.output)
-        assert self.mixture is not None
-        total = sum(part.weight for part in self.mixture)
-        parts = [(part.weight / total, part.workload.build()) for part in self.mixture]
-        return mixture(parts)
-
-
-class MixtureConfig(Section):
-    """One law of a mixture; weights need not sum to 1."""
-
-    weight: Annotated[float, Field(gt=0)]
-    workload: WorkloadConfig
 
 
 class LoadConfig(Section):
@@ -373,5 +216,7 @@ def _sentence(error: object) -> str:
         return f"{key}: unknown key; see configs/README.md for the keys that exist"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
-    shown = f", got {given!r}" if not isinstance(given, dict) and error["type"] != "missing" else ""
+    shown = f", got {given!r}"
+    if isinstance(given, dict) or error["type"] == "missing" or key.startswith(SECRETS):
+        shown = ""
     return f"{key}: {message[0].lower()}{message[1:]}{shown}"

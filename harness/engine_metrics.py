@@ -52,9 +52,8 @@ def engine_sample(
     """Gauges and counters of the engine in one scrape.
 
     Counts are summed over label sets, KV usage is their plain mean: with several data-parallel
-    ranks the sample describes all of them as one server. ``finished`` counts every reason,
-    ``truncated`` those that are neither the asked length nor an abort, where the engine tells
-    reasons apart. A quantity that the engine does not have is 0. Raises MissingMetric.
+    ranks the sample describes all of them as one server. ``finished`` counts every
+    reason. A quantity that the engine does not have is 0. Raises MissingMetric.
     """
     found = parse_metrics(text, _wanted(tuple(m.all_names for m in facts.metrics.values())))
 
@@ -82,7 +81,6 @@ def engine_sample(
         steps=count("steps"),
         step_tokens=count("step_tokens"),
         finished=count("finished"),
-        truncated=count("truncated"),
         rejected=count("rejected"),
         prefix_hit_tokens=count("prefix_hits"),
         new_token_ratio=value("new_token_ratio") if "new_token_ratio" in facts.metrics else None,

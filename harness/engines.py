@@ -29,8 +29,6 @@ class Metric:
     required: bool = True
     only: tuple[str, frozenset[str]] | None = None
     """A label, and its values that count."""
-    without: tuple[str, frozenset[str]] | None = None
-    """A label, and its values that do not count."""
     also: tuple[Metric, ...] = ()
     """Metrics that are added to this one."""
 
@@ -44,9 +42,7 @@ class Metric:
 
     def wants(self, labels: Mapping[str, str]) -> bool:
         """Does the series with these labels count?"""
-        if self.only is not None and labels.get(self.only[0]) not in self.only[1]:
-            return False
-        return self.without is None or labels.get(self.without[0]) not in self.without[1]
+        return self.only is None or labels.get(self.only[0]) in self.only[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +81,6 @@ VLLM = EngineFacts(
         "steps": Metric(names=("vllm:iteration_tokens_total_count",)),
         "step_tokens": Metric(names=("vllm:iteration_tokens_total_sum",)),
         "finished": Metric(names=_counter("vllm:request_success")),
-        "truncated": Metric(
-            names=_counter("vllm:request_success"),
-            without=("finished_reason", frozenset({"length", "abort"})),
-            required=False,
-        ),
         # Older versions have no queue limit, so that they reject nothing and do not count it.
         "rejected": Metric(names=_counter("vllm:admission_rejections"), required=False),
         # Hits of requests that resume after a preemption are not in here (v1/metrics/stats.py).

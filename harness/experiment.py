@@ -8,10 +8,10 @@ from dataclasses import replace
 import yaml
 from rich.markup import escape
 
+from analysis.calibration_lines import pool_differs, pool_text
 from analysis.evidence import Evidence
 from analysis.judge import judge
 from analysis.prediction import Prediction
-from analysis.step_time import StepTimeFit
 from analysis.summary import summary
 from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence
@@ -23,8 +23,9 @@ from harness.environment import environment
 from harness.gpu import GpuReader, NoGpu, open_gpus
 from harness.offer import Stage, most_in_flight, offer
 from harness.plan import Plan, make_plan
-from harness.predict import claimed, predictions
+from harness.predict import narrow_enough, predictions
 from harness.sampler import ServerGone
+from harness.saturated import calibration_record
 from harness.server import ServerFailed, url_is_loopback
 from harness.store import INPUTS, Store
 from harness.target import Target, assumptions, require_fitting, target_server
@@ -44,17 +45,20 @@ async def run_experiment(
     """
     workload = config.law()
     _refuse_offline_keys(config)
-    _write_inputs(config, store)
+    write_inputs(config, store)
     for line in workload.notes:
         display.say(escape(f"note        {line}"))
     display.phase("starting the server")
     async with target_server(config, store) as target:
-        gpus = _gpus_of(target)
+        gpus = gpus_of(target)
         require_fitting(workload, target.limits)
         for line in assumptions(target.shown, config):
             display.say(f"note        {line}")
-        calibration = await _calibrated(config, target, workload, display)
-        store.write_json("calibration.json", calibration.to_dict())
+        calibration = await calibrated(config, target, workload, display, store)
+        record = calibration_record(config, workload, target.limits, calibration)
+        store.write_json("calibration.json", record)
+        if pool_differs(record):
+            display.say(escape(f"warning     KV pool: {pool_text(record)}"))
         limits = calibration.limits(target.limits)
         store.write_json("limits.json", {"shown": target.shown, "used": limits})
         prediction = predictions(config, workload, limits, calibration.fit, "P1")
@@ -106,30 +110,27 @@ def _refuse_offline_keys(config: ExperimentConfig) -> None:
         )
 
 
-def _gpus_of(target: Target) -> GpuReader | NoGpu:
+def gpus_of(target: Target) -> GpuReader | NoGpu:
     """The GPUs beside the engine; those of this machine only when the server is on it."""
     if not url_is_loopback(target.url):
         return NoGpu("the server is on another machine, whose GPUs cannot be seen from here")
     return open_gpus()
 
 
-def _write_inputs(config: ExperimentConfig, store: Store) -> None:
-    # Headers may hold keys: they go to the server and nowhere else.
-    shown = config.model_dump(mode="json", exclude_none=True, exclude={"server": {"headers"}})
+def write_inputs(config: ExperimentConfig, store: Store) -> None:
+    """The config without what opens the server's door, and where this runs, into the folder."""
+    # What opens the server's door goes to the server and nowhere else.
+    secret = {"server": {"headers", "api_key_env", "tls_ca"}}
+    shown = config.model_dump(mode="json", exclude_none=True, exclude=secret)
     text = yaml.safe_dump(shown, sort_keys=False)
     store.write_text("config.yaml", text)
     store.write_json("environment.json", environment())
 
 
-async def _calibrated(
-    config: ExperimentConfig, target: Target, workload: Workload, display: Display
+async def calibrated(
+    config: ExperimentConfig, target: Target, workload: Workload, display: Display, store: Store
 ) -> Calibration:
     """Probes until the prediction's 90 % interval is narrower than half the band of agreement."""
-
-    def enough(fit: StepTimeFit) -> bool:
-        rate = claimed(config, workload, target.limits, fit, "P1").critical_rate.at_level(0.90)
-        return rate.half_width < config.theta / 2 * rate.value
-
     return await calibrate(
         target.session,
         target.url,
@@ -139,8 +140,9 @@ async def _calibrated(
         target.limits,
         range(*config.load.vocabulary),
         config.load.seed,
-        enough,
+        narrow_enough(config, workload, target.limits),
         lambda probe, share: display.phase(f"calibrating: {probe}", share),
+        log=None if config.server is None or config.server.url else store.path / "engine.log",
     )
 
 

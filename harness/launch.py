@@ -198,9 +198,11 @@ def place(launch: LaunchConfig, port: int, pace_log: Path) -> Place:
 
 def argv(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]]:
     """Command line of the engine, and what its environment needs beside this process's own."""
-    if launch.runs == "vllm":
-        return _vllm(launch, where)
-    return _sglang(launch, where)
+    line, env = _vllm(launch, where) if launch.runs == "vllm" else _sglang(launch, where)
+    if launch.named:
+        # It was installed without byte code: the first start has to write it.
+        env["PYTHONDONTWRITEBYTECODE"] = ""
+    return line, env
 
 
 def _vllm(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]]:

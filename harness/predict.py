@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from analysis.critical_rate import mixture_rate, predict
@@ -13,6 +13,7 @@ from analysis.formatting import estimate_text
 from analysis.prediction import Grade, Prediction
 from analysis.second_opinion import simulated_rate
 from analysis.step_time import StepTimeFit, exact_step_time
+from analysis.waterfall import waterfall
 from harness.config import ConfigError, ExperimentConfig
 from harness.target import require_fitting
 from loadgen.workload import Workload
@@ -30,7 +31,8 @@ def predictions(
 ) -> dict[str, Any]:
     """The claim, and every other predictor beside it, as they go to prediction.json.
 
-    Raises ConfigError where there is no closed form.
+    ``mechanisms`` are the factors that lead from the paper's rate to the engine's. Raises ConfigError
+    where there is no closed form.
     """
     both = {
         claim: claimed(
@@ -41,6 +43,10 @@ def predictions(
     found: dict[str, Any] = {
         "claim": both[config.claim],
         **both,
+        "mechanisms": [
+            asdict(m)
+            for m in waterfall(workload, limits, fit.law, _chunk(config, workload, limits))[1]
+        ],
         "simulated": None,
     }
     if second_opinion:
@@ -68,7 +74,6 @@ def claimed(
         stated = config.limits.pool_tokens if config.server is None else None
         pool = stated or limits.pool_tokens
         limits = replace(limits, num_blocks=pool, block_size=1)
-    longest_prompt = int(workload.prompt_tokens.max())
     try:
         return predict(
             workload,
@@ -76,11 +81,29 @@ def claimed(
             fit,
             config.claim,
             grade,
-            chunk=config.prefill_chunk_tokens or limits.max_num_batched_tokens or longest_prompt,
+            chunk=_chunk(config, workload, limits),
             replicas=config.replicas,
         )
     except ValueError as error:
         raise ConfigError(f"no prediction of claim {config.claim}: {error}") from error
+
+
+def _chunk(config: ExperimentConfig, workload: Workload, limits: EngineLimits) -> int:
+    """Prompt tokens of one step, for the paper's form."""
+    longest_prompt = int(workload.prompt_tokens.max())
+    return config.prefill_chunk_tokens or limits.max_num_batched_tokens or longest_prompt
+
+
+def narrow_enough(
+    config: ExperimentConfig, workload: Workload, limits: EngineLimits
+) -> Callable[[StepTimeFit], bool]:
+    """Is the 90 % interval of what a fit predicts narrower than half the band of agreement?"""
+
+    def enough(fit: StepTimeFit) -> bool:
+        rate = claimed(config, workload, limits, fit, "P1").critical_rate.at_level(0.90)
+        return rate.half_width < config.theta / 2 * rate.value
+
+    return enough
 
 
 def stated_limits(config: ExperimentConfig) -> EngineLimits:

@@ -6,6 +6,7 @@ block size, its model length, the times of its tokens with a client's jitter, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,15 +16,17 @@ from analysis.evidence import Evidence, MeasuredRun
 from analysis.frames import run_frames
 from analysis.judge import judge
 from analysis.prediction import Prediction
-from analysis.probes import Probe, design_probes, step_observation
+from analysis.probe_readings import step_observation
+from analysis.probes import Probe, design_probes
 from analysis.simulate import simulate
-from analysis.step_time import StepTimeFit, fit_step_time
+from analysis.step_time import StepObservation, StepTimeFit, fit_step_time
 from analysis.verdict import Verdict
-from harness.calibrate import REPEATS
+from analysis.waterfall import Mechanism
+from harness.calibrate import MAX_REPEATS, REPEATS, good_enough
 from harness.config import ExperimentConfig
 from harness.mock_config import MockServerConfig
 from harness.plan import make_plan
-from harness.predict import predictions
+from harness.predict import narrow_enough, predictions
 from loadgen.arrivals import poisson
 from loadgen.fidelity import fidelity
 from loadgen.records import RequestRecord, Run
@@ -47,7 +50,13 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
             max_num_seqs=config.limits.max_num_seqs,
             max_num_batched_tokens=config.limits.max_num_batched_tokens,
         )
-    fit = calibrated(mock, workload, shown, np.random.default_rng([seed, 99]))
+    fit = calibrated(
+        mock,
+        workload,
+        shown,
+        np.random.default_rng([seed, 99]),
+        narrow_enough(config, workload, shown),
+    )
     found = predictions(config, workload, shown, fit, "P1", second_opinion=False)
     claim = Prediction.from_dict(found["claim"])
     plan = make_plan(
@@ -63,10 +72,12 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
     )
     evidence = Evidence(
         name=config.name,
+        mode="rehearsal: server and client are simulated",
         theta=config.theta,
         prediction=claim,
         paper=Prediction.from_dict(found["paper"]),
         engine=Prediction.from_dict(found["engine"]),
+        mechanisms=tuple(Mechanism(**m) for m in found["mechanisms"]),
         simulated=None,
         limits=shown,
         workload=workload,
@@ -76,19 +87,23 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
 
 
 def calibrated(
-    mock: MockServerConfig, workload: Workload, shown: EngineLimits, rng: np.random.Generator
+    mock: MockServerConfig,
+    workload: Workload,
+    shown: EngineLimits,
+    rng: np.random.Generator,
+    enough: Callable[[StepTimeFit], bool],
 ) -> StepTimeFit:
-    """The step-time law from simulated probes, seen through a client's jitter."""
+    """The step-time law from simulated probes, seen through a client's jitter; rounds as if live."""
     probes = [p for p in design_probes(workload, shown) if p.output_tokens > 1]
-    return fit_step_time(
-        [
-            replace(
-                step_observation(_jittered(_probed(p, mock), rng), shown.prefill_chunk),
-                probe=p.name,
-            )
-            for p in probes * REPEATS
-        ]
-    )
+    exact = [(p.name, _probed(p, mock)) for p in probes]
+    observations: list[StepObservation] = []
+    for done in range(1, MAX_REPEATS + 1):
+        for name, records in exact:
+            seen = step_observation(_jittered(records, rng), shown.prefill_chunk)
+            observations.append(replace(seen, probe=name))
+        if done >= REPEATS and good_enough(fit_step_time(observations), enough):
+            break
+    return fit_step_time(observations)
 
 
 def offered(mock: MockServerConfig, workload: Workload, run: Run) -> MeasuredRun:

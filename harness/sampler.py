@@ -15,6 +15,7 @@ from analysis.engine import EngineSample
 from harness.engine_metrics import engine_sample
 from harness.engines import EngineFacts
 from harness.gpu import GpuLost, GpuReader, GpuSample
+from harness.server import answered
 
 GONE_FAILURES = 3
 """A server counts as gone after this many failures in a row, and not before ``gone_after_s``."""
@@ -182,7 +183,7 @@ async def _scrape(
         async with session.get(url + facts.metrics_path, timeout=timeout) as response:
             text = await response.text()
             if response.status != 200:
-                failure = f"{facts.metrics_path} answers {response.status}"
+                failure = f"{facts.metrics_path} {answered(response.status)}"
     except TimeoutError:
         failure = f"{facts.metrics_path} did not answer within {timeout_s:g} s"
     except aiohttp.ClientError as error:

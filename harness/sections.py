@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from analysis.step_time import StepTime
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(Exception):
+    """The config cannot be used; the message names the key and the mend."""
+
+
+def _beside(file: Path, info: ValidationInfo) -> Path:
+    """An existing file; a relative path starts at the folder of the config."""
+    folder = (info.context or {}).get("folder", Path())
+    path: Path = (folder / file).resolve()
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+File = Annotated[Path, AfterValidator(_beside)]
 
 
 class Section(BaseModel):

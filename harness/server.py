@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 POLL_S = 0.05
+WANTS_KEY = (401, 403)
 GRACE_S = 10.0
 LOG_TAIL_LINES = 20
 
@@ -51,12 +52,14 @@ async def launched(
     health: str,
     timeout_s: float,
     log_path: Path,
+    session: aiohttp.ClientSession,
     grace_s: float = GRACE_S,
 ) -> AsyncIterator[Server]:
     """Start ``argv`` in a session of its own, wait until it is healthy, stop it at the end.
 
-    ``env`` is added to this process's environment. Output goes to the end of ``log_path``. The
-    whole process group is stopped however the body ends: SIGTERM, up to ``grace_s``, SIGKILL.
+    ``env`` is added to this process's environment; ``session`` asks for its health. Output goes to
+    the end of ``log_path``. The whole process group is stopped however the body ends: SIGTERM, up to
+    ``grace_s``, SIGKILL.
     Raises ServerFailed when the port is taken, the program cannot be run, ends early or is not
     healthy after ``timeout_s``.
     """
@@ -78,7 +81,7 @@ async def launched(
             raise ServerFailed(f"cannot run {argv[0]}: {error.strerror}") from error
     server = Server(url, process.pid, log_path, process)
     try:
-        await _until_healthy(server, health, timeout_s)
+        await _until_healthy(server, session, health, timeout_s)
         yield server
     finally:
         await _stop(process, grace_s)
@@ -86,45 +89,58 @@ async def launched(
 
 @contextlib.asynccontextmanager
 async def attached(
-    url: str,
-    health: str = "/health",
-    timeout_s: float = 5.0,
-    headers: Mapping[str, str] | None = None,
+    session: aiohttp.ClientSession, url: str, health: str = "/health", timeout_s: float = 5.0
 ) -> AsyncIterator[Server]:
-    """A server that somebody else started; it is left running. Raises ServerFailed if unhealthy.
+    """A server that somebody else started; it is left running.
 
-    ``headers`` go with the question, for a server behind a gateway that asks for a key.
+    Raises ServerFailed when it is unhealthy, wants a key, or has a certificate that ``session`` does
+    not trust.
     """
     server = Server(url)
-    await _until_healthy(server, health, timeout_s, headers)
+    await _until_healthy(server, session, health, timeout_s)
     yield server
 
 
+def answered(status: int) -> str:
+    """A status as the end of a sentence, with what to do where the server wants a key."""
+    return f"answers {status}" + (": check server.api_key_env" if status in WANTS_KEY else "")
+
+
 async def _until_healthy(
-    server: Server, health: str, timeout_s: float, headers: Mapping[str, str] | None = None
+    server: Server, session: aiohttp.ClientSession, health: str, timeout_s: float
 ) -> None:
     deadline_s = time.monotonic() + timeout_s
     answer = "it did not answer"
-    async with aiohttp.ClientSession(headers=headers) as session:
-        while True:
-            ended = server.poll()
-            if ended is not None:
-                raise ServerFailed(f"while starting, {ended}")
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise ServerFailed(
-                    f"{server.url}{health} was not healthy within {timeout_s:g} s ({answer})"
-                    f"{log_tail(server.log_path)}"
-                )
-            try:
-                timeout = aiohttp.ClientTimeout(total=min(left_s, 5.0))
-                async with session.get(server.url + health, timeout=timeout) as response:
-                    if response.status == 200:
-                        return
-                    answer = f"it answers {response.status}"
-            except (aiohttp.ClientError, TimeoutError) as error:
-                answer = f"{type(error).__name__}: {error}".rstrip(": ")
-            await asyncio.sleep(POLL_S)
+    while True:
+        ended = server.poll()
+        if ended is not None:
+            raise ServerFailed(f"while starting, {ended}")
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise ServerFailed(
+                f"{server.url}{health} was not healthy within {timeout_s:g} s ({answer})"
+                f"{log_tail(server.log_path)}"
+            )
+        try:
+            timeout = aiohttp.ClientTimeout(total=min(left_s, 5.0))
+            async with session.get(server.url + health, timeout=timeout) as response:
+                if response.status == 200:
+                    return
+                answer = f"it {answered(response.status)}"
+                if response.status in WANTS_KEY:
+                    raise ServerFailed(
+                        f"{server.url}{health}: the server {answered(response.status)}"
+                    )
+        except aiohttp.ClientConnectorCertificateError as error:
+            why = error.certificate_error
+            raise ServerFailed(
+                f"{server.url}: its certificate is not trusted "
+                f"({getattr(why, 'verify_message', why)}): give the certificate of the authority that "
+                "signed it as server.tls_ca, and use a name that stands in it"
+            ) from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            answer = f"{type(error).__name__}: {error}".rstrip(": ")
+        await asyncio.sleep(POLL_S)
 
 
 async def _stop(process: subprocess.Popen[bytes], grace_s: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from analysis.engine import SGLangRules
+from harness.server import WANTS_KEY, answered
 
 
 class LimitsUnreadable(Exception):
@@ -59,19 +60,21 @@ def missing_fields(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 async def get_text(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
-    """Status and text of the page. Raises LimitsUnreadable when nothing answers."""
+    """Status and text of the page. Raises LimitsUnreadable when nothing answers or a key is wanted."""
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=30.0)) as response:
+            if response.status in WANTS_KEY:
+                raise LimitsUnreadable(f"{url}: the server {answered(response.status)}")
             return response.status, await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise LimitsUnreadable(f"cannot read {url}: {error!r}; is the server running?") from error
+        # Not its repr: that of aiohttp's own errors may hold the headers that were sent.
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise LimitsUnreadable(f"cannot read {url}: {what}; is the server running?") from error
 
 
 async def get_json(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
     """The JSON object at ``url``; None where the server has none there."""
     status, text = await get_text(session, url)
-    if status in (401, 403):
-        raise LimitsUnreadable(f"{url} answers {status}: the server wants an API key")
     if status != 200:
         return None
     try:

@@ -52,6 +52,10 @@ STAGES = {
 """Files of a finished experiment, in the order in which they come to be."""
 
 
+RETIRED = ("truncated",)
+"""Columns of engine samples in older folders that nothing reads any more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
     """One run as it lies on disk; its fields are what `analysis.frames.run_frames` wants.
@@ -219,7 +223,7 @@ class Store:
         folder = self._run_folder(run_id)
         head = self.read_json(f"runs/{run_id}/run.json")
         records, torn_1 = read_lines(folder / "requests.jsonl", lambda d: RequestRecord(**d))
-        samples, torn_2 = read_lines(folder / "engine.jsonl", lambda d: EngineSample(**d))
+        samples, torn_2 = read_lines(folder / "engine.jsonl", _engine_sample)
         gpu, torn_3 = read_lines(folder / "gpu.jsonl", dict)
         warnings = [w for w in (torn_1, torn_2, torn_3) if w is not None]
         end = self.read_json(f"runs/{run_id}/end.json") if (folder / "end.json").exists() else None
@@ -272,6 +276,10 @@ def missing(path: Path) -> list[str]:
                 f"{len(stored.records)} requests and {len(stored.samples)} samples are kept"
             )
     return lacks
+
+
+def _engine_sample(line: dict[str, Any]) -> EngineSample:
+    return EngineSample(**{key: line[key] for key in line if key not in RETIRED})
 
 
 def _request_times(records: list[RequestRecord]) -> Iterator[int]:

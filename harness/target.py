@@ -13,6 +13,7 @@ import yaml
 from analysis.engine import EngineLimits
 from analysis.sglang import longest_request
 from harness.config import ConfigError, ExperimentConfig, ServerConfig
+from harness.connection import connect
 from harness.engines import ENGINES, MOCKS, EngineFacts, mock_argv
 from harness.environment import redacted
 from harness.launch import ENVIRONMENTS, PACE_LOG, LaunchConfig, argv, place
@@ -20,7 +21,6 @@ from harness.limits import read_limits
 from harness.server import Server, ServerFailed, attached, free_port, launched
 from harness.server_limits import ServerLimits
 from harness.store import Store
-from loadgen.client import open_session
 from loadgen.workload import Workload
 
 
@@ -46,16 +46,15 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
     server = config.server
     facts = _facts(server)
     async with contextlib.AsyncExitStack() as stack:
+        session = await stack.enter_async_context(connect(server))
         if server.url is not None:
-            running = await stack.enter_async_context(
-                attached(
-                    server.url.rstrip("/"), facts.health_path, server.timeout_s, server.headers
-                )
-            )
+            ready = attached(session, server.url.rstrip("/"), facts.health_path, server.timeout_s)
         else:
-            running = await stack.enter_async_context(_started(server, facts, store))
+            ready = _started(server, facts, store, session)
+        running = await stack.enter_async_context(ready)
+        # A server that is being stopped waits for open connections.
+        stack.push_async_callback(session.close)
         url = running.url
-        session = await stack.enter_async_context(open_session(server.headers))
         given = config.limits
         blocks = None
         if given.pool_tokens is not None and given.block_size is not None:
@@ -77,7 +76,9 @@ def _facts(server: ServerConfig) -> EngineFacts:
 
 
 @contextlib.asynccontextmanager
-async def _started(server: ServerConfig, facts: EngineFacts, store: Store) -> AsyncIterator[Server]:
+async def _started(
+    server: ServerConfig, facts: EngineFacts, store: Store, session: aiohttp.ClientSession
+) -> AsyncIterator[Server]:
     """The mock or the engine of the config, as a process of ours; its command line is recorded."""
     port = server.port or free_port()
     env: dict[str, str] = {}
@@ -96,7 +97,8 @@ async def _started(server: ServerConfig, facts: EngineFacts, store: Store) -> As
         store.write_json("environment.json", {**known, "engine": record})
     url = f"http://127.0.0.1:{port}"
     log = store.path / "engine.log"
-    async with launched(line, env, url, facts.health_path, server.timeout_s, log) as running:
+    ready = launched(line, env, url, facts.health_path, server.timeout_s, log, session)
+    async with ready as running:
         yield running
 
 
@@ -129,7 +131,7 @@ async def slow_down(session: aiohttp.ClientSession, url: str, sleep_s: float) ->
         async with session.post(f"{url}/slow_down", data=body) as response:
             status = response.status
     except aiohttp.ClientError as error:
-        raise ServerFailed(f"{url}/slow_down failed: {error!r}") from error
+        raise ServerFailed(f"{url}/slow_down failed: {type(error).__name__}: {error}") from error
     if status != 200:
         raise ServerFailed(
             f"{url}/slow_down answers {status}: this SGLang cannot be paced, leave step_time out"

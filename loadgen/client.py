@@ -32,18 +32,18 @@ ERROR = b'"error"'
 
 
 def open_session(
-    headers: Mapping[str, str] | None = None, tls: ssl.SSLContext | bool = True
+    headers: Mapping[str, str] | None = None, tls: ssl.SSLContext | None = None
 ) -> aiohttp.ClientSession:
     """A session without any cap on connections, to be used as an async context manager.
 
-    ``headers`` go with every request, such as an Authorization; ``tls`` is an SSL context for
-    https, or False to accept any certificate. The only timeout is that of connecting,
+    ``headers`` go with every request, such as an Authorization; ``tls`` says which certificates
+    are trusted, this machine's own choice if not given. The only timeout is that of connecting,
     `CONNECT_TIMEOUT_S`.
     """
     trace = aiohttp.TraceConfig()
     trace.on_request_headers_sent.append(_note_sent)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=tls),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=tls or True),
         headers={
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
@@ -66,6 +66,7 @@ async def complete(
     output_tokens_designed: int,
     max_tokens: int,
     timeout_s: float | None = None,
+    stream: TokenStream | None = None,
 ) -> RequestRecord:
     """Send one request now and follow it to its end; ``session`` comes from `open_session`.
 
@@ -81,7 +82,7 @@ async def complete(
     server's cumulative count in the last usage it sent, or the number of content events where it
     sent none.
     """
-    stream = TokenStream()
+    stream = TokenStream() if stream is None else stream
     status: int | None = None
     outcome: Outcome = "failed"
     error: str | None = None
@@ -99,8 +100,7 @@ async def complete(
                 outcome, error = stream.ending()
             else:
                 outcome = "rejected" if status in (429, 503) else "failed"
-                text = await response.content.read(ERROR_CHARACTERS)
-                error = f"HTTP {status}: {text.decode(errors='replace')}"
+                error = f"HTTP {status}: {await _complaint(response)}"
     except asyncio.CancelledError:
         outcome = "unfinished"
     except TimeoutError as problem:
@@ -213,6 +213,13 @@ def _events(data: bytes) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 events.append(json.loads(payload))
     return events
+
+
+async def _complaint(response: aiohttp.ClientResponse) -> str:
+    # A server that refuses a key may repeat it.
+    if response.status in (401, 403):
+        return "the server wants a key, or another one"
+    return (await response.content.read(ERROR_CHARACTERS)).decode(errors="replace")
 
 
 def _short(problem: Exception) -> str:

@@ -181,7 +181,6 @@ def samples(end_s: float, waiting: int) -> list[EngineSample]:
             steps=round(t * 100),
             step_tokens=0,
             finished=0,
-            truncated=0,
             rejected=0,
             prefix_hit_tokens=0,
         )
@@ -205,7 +204,6 @@ def test_the_backlogged_window_is_the_longest_stretch_without_an_empty_queue() -
             steps=i,
             step_tokens=0,
             finished=0,
-            truncated=0,
             rejected=0,
             prefix_hit_tokens=0,
         )

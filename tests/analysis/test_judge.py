@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis.verdict import EXIT_CODES, Verdict
 from harness.config import load_config
+from harness.workload_config import FixedConfig, WorkloadConfig
 from harness.rehearsal import rehearse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -71,6 +73,29 @@ def test_a_sequence_limit_violates_the_papers_premise() -> None:
     confirmed = rehearse(known.model_copy(update={"claim": "engine", "load": load_of()}), 1)
     assert confirmed.outcome == "confirmed"
     assert confirmed.binding == "max_num_seqs"
+
+
+def test_the_papers_gap_is_split_into_its_mechanisms() -> None:
+    config = load_config(CONFIGS / "mock.yaml")
+    assert config.server is not None and config.server.mock is not None
+    mock = config.server.mock.model_copy(update={"block_size": 64, "num_blocks": 64})
+    verdict = rehearse(
+        config.model_copy(
+            update={
+                "claim": "paper",
+                "server": config.server.model_copy(update={"mock": mock}),
+                "workload": WorkloadConfig(fixed=FixedConfig(prompt=70, output=70)),
+            }
+        ),
+        1,
+    )
+    assert verdict.outcome == "refuted"
+    assert verdict.measured is not None
+    product = verdict.predicted.value * np.prod([f.estimate.value for f in verdict.from_paper])
+    assert product == pytest.approx(verdict.measured.value)
+    assert [f.name for f in verdict.from_paper][-1] == "unexplained"
+    assert verdict.from_paper[-1].estimate.value == pytest.approx(1.0, abs=0.05)
+    assert any("the formula leaves out: rounding" in reason for reason in verdict.reasons)
 
 
 def load_of():

@@ -19,6 +19,7 @@ from analysis.figures import engine_over_time
 from analysis.formatting import NO_BREAK, NOT_MEASURED, estimate_text, grouped, plus_minus, seconds
 from analysis.frames import RunFrames, run_frames
 from analysis.growth import drift
+from analysis.pace import Pace
 from analysis.report import ReportContext, report_html, report_md
 from analysis.simulate import simulate
 from analysis.step_time import StepTime
@@ -89,6 +90,7 @@ def judge(frames: RunFrames) -> RunJudgement:
         waiting=4.5,
         backlogged=0.27,
         step_time_s=Estimate.normal(0.02, 4e-5, "s", "steps over time"),
+        pace=Pace(0.032, 0.025, sleeps=True) if run.arrival_rate > CRITICAL else None,
         ttft_p50_s=0.034,
         ttft_p95_s=0.41,
     )
@@ -99,6 +101,7 @@ def verdict_of(runs: tuple[RunJudgement, ...]) -> Verdict:
     measured = Estimate.normal(58.4, 0.3, "req/s", "KV demand served under backlog")
     return Verdict(
         name="demo",
+        mode="mock server: scheduler model, step time is set",
         claim="engine",
         grade="P1",
         theta=0.1,
@@ -125,6 +128,16 @@ def verdict_of(runs: tuple[RunJudgement, ...]) -> Verdict:
             Check(name="exact lengths", holds=False, observed=12, threshold=0, text="12 ended"),
         ),
         audit=(Check(name="balance", holds=True, observed=0.0, threshold=0.01, text="tokens"),),
+        from_paper=(
+            NamedEstimate(
+                name="rounding", estimate=Estimate.exact(0.97, "", "engine model"), note="predicted"
+            ),
+            NamedEstimate(
+                name="unexplained",
+                estimate=Estimate(1.01, 0.98, 1.04, 0.95, "", "ratio"),
+                note="left",
+            ),
+        ),
         identity=(
             NamedEstimate(
                 name="occupancy", estimate=Estimate.normal(0.98, 0.002, "", "gauge"), note=""
@@ -155,7 +168,6 @@ CONTEXT = ReportContext(
     },
     config="name: demo\nnote: <script>alert(1)</script>\n",
     missing=("gpu.jsonl was not written.",),
-    mode="mock server: scheduler model, step time is set",
 )
 
 
@@ -236,6 +248,13 @@ def test_page_names_runs_outcome_and_gaps(page: str, verdict: Verdict) -> None:
     assert "premise" in text.lower() and "cannot say" in text and NOT_MEASURED in text
 
 
+def test_what_was_set_is_said_wherever_the_result_is(page: str, verdict: Verdict) -> None:
+    for text in (unescape(page), report_md(verdict, CONTEXT), str(verdict.to_dict())):
+        assert verdict.mode in text
+    for text in (unescape(page).replace(NO_BREAK, " "), report_md(verdict, CONTEXT)):
+        assert "sleeps 25.00 ms, takes +7.00 ms of its own (+28.0 %)" in text
+
+
 def test_the_same_input_gives_the_same_bytes(verdict: Verdict, frames: list[RunFrames]) -> None:
     first, second = (engine_over_time(frames[1], verdict.runs[1]) for _ in range(2))
     assert first == second
@@ -298,6 +317,7 @@ def test_missing_pieces_are_stated(verdict: Verdict, frames: list[RunFrames]) ->
         predictions=(),
         premises=(),
         audit=(),
+        from_paper=(),
         identity=(),
         table=(),
         reasons=(),

@@ -42,6 +42,7 @@ def run(load: float, drift: Estimate, text: str, **changes: object) -> RunJudgem
         waiting=2.0,
         backlogged=0.1,
         step_time_s=None,
+        pace=None,
         ttft_p50_s=0.1,
         ttft_p95_s=0.9,
     )
@@ -52,6 +53,7 @@ PREDICTED = Estimate(1.62, 1.57, 1.67, 0.95, "req/s", "closed form")
 MEASURED = Estimate(1.600, 1.573, 1.627, 0.95, "req/s", "work served")
 VERDICT = Verdict(
     name="demo",
+    mode="emulation: the scheduler is real, the time is set",
     claim="engine",
     grade="P1",
     theta=0.1,
@@ -84,6 +86,7 @@ VERDICT = Verdict(
     ),
     premises=(),
     audit=(),
+    from_paper=(),
     identity=(),
     table=(),
 )
@@ -94,12 +97,13 @@ def test_form_and_alignment() -> None:
     assert lines[0] == (
         "claim       engine, P1   predicted 1.62 req/s [1.57, 1.67]   bound by the KV cache"
     )
-    assert lines[1].startswith("  0.90      1.46 req/s   drift  0.00 +- 0.06 req/s   stable")
-    assert lines[2].startswith("  1.10      1.78 req/s   drift 10.17 +- 0.06 req/s   grows")
-    assert lines[3].strip().startswith("warning: 3 of 1 041 requests")
-    starts = {line.index(word) for line, word in zip(lines[1:3], ("stable", "grows"), strict=True)}
+    assert lines[1] == "server      emulation: the scheduler is real, the time is set"
+    assert lines[2].startswith("  0.90      1.46 req/s   drift  0.00 +- 0.06 req/s   stable")
+    assert lines[3].startswith("  1.10      1.78 req/s   drift 10.17 +- 0.06 req/s   grows")
+    assert lines[4].strip().startswith("warning: 3 of 1 041 requests")
+    starts = {line.index(word) for line, word in zip(lines[2:4], ("stable", "grows"), strict=True)}
     assert len(starts) == 1
-    rest = "\n".join(lines[4:])
+    rest = "\n".join(lines[5:])
     assert "measured    1.600 req/s [1.573, 1.627]" in rest and "GAP 1.2 %" in rest
     assert "paper 1.71 req/s (GAP 6.8 %)" in rest
     assert "\nconfirmed   within 10 %\n  p95 wait" in rest

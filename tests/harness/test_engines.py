@@ -86,7 +86,6 @@ EXPECTED = EngineSample(
     steps=1760,
     step_tokens=128128,
     finished=1000,
-    truncated=3,
     rejected=4,
     prefix_hit_tokens=40,
 )

@@ -37,7 +37,6 @@ EXPECTED = EngineSample(
     steps=904,
     step_tokens=21301,
     finished=67,
-    truncated=0,
     rejected=0,
     prefix_hit_tokens=0,
     new_token_ratio=0.8473930000000022,

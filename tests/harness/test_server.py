@@ -20,6 +20,7 @@ from harness.server import (
     require_free,
     url_is_loopback,
 )
+from loadgen.client import open_session
 
 # Serves 200 at /health after a delay, has a child of its own, and writes both pids down.
 PROGRAM = """
@@ -71,15 +72,20 @@ def with_server(
     argv = [sys.executable, "-c", PROGRAM, str(port), str(delay_s), str(pids), *extra]
 
     async def run() -> None:
-        async with launched(
-            argv,
-            {"GREETING": "world"},
-            f"http://127.0.0.1:{port}",
-            "/health",
-            timeout_s,
-            tmp_path / "engine.log",
-            grace_s=0.5,
-        ) as server:
+        url, log = f"http://127.0.0.1:{port}", tmp_path / "engine.log"
+        async with (
+            open_session() as session,
+            launched(
+                argv,
+                {"GREETING": "world"},
+                url,
+                "/health",
+                timeout_s,
+                log,
+                session,
+                grace_s=0.5,
+            ) as server,
+        ):
             await body(server)
 
     try:
@@ -171,8 +177,11 @@ def test_an_unhealthy_server_fails_with_its_log_and_is_stopped(tmp_path: Path) -
 )
 def test_a_server_that_does_not_start(tmp_path: Path, argv: list[str], message: str) -> None:
     async def run() -> None:
-        url = f"http://127.0.0.1:{free_port()}"
-        async with launched(argv, {}, url, "/health", 5.0, tmp_path / "engine.log"):
+        url, log = f"http://127.0.0.1:{free_port()}", tmp_path / "engine.log"
+        async with (
+            open_session() as session,
+            launched(argv, {}, url, "/health", 5.0, log, session),
+        ):
             raise AssertionError
 
     with pytest.raises(ServerFailed, match=message) as caught:
@@ -185,8 +194,11 @@ def test_a_server_that_does_not_start(tmp_path: Path, argv: list[str], message: 
 
 def test_a_taken_port_is_refused_before_the_launch(tmp_path: Path) -> None:
     async def run(port: int) -> None:
-        url = f"http://127.0.0.1:{port}"
-        async with launched(["/no"], {}, url, "/health", 5.0, tmp_path / "engine.log"):
+        url, log = f"http://127.0.0.1:{port}", tmp_path / "engine.log"
+        async with (
+            open_session() as session,
+            launched(["/no"], {}, url, "/health", 5.0, log, session),
+        ):
             raise AssertionError
 
     with socket.socket() as taken:
@@ -199,7 +211,7 @@ def test_a_taken_port_is_refused_before_the_launch(tmp_path: Path) -> None:
 
 def test_attached_leaves_the_server_alone(tmp_path: Path) -> None:
     async def body(server: Server) -> None:
-        async with attached(server.url) as other:
+        async with open_session() as session, attached(session, server.url) as other:
             assert (other.pid, other.log_path, other.poll()) == (None, None, None)
         assert server.poll() is None
 
@@ -208,7 +220,8 @@ def test_attached_leaves_the_server_alone(tmp_path: Path) -> None:
 
 def test_attaching_to_nothing_fails() -> None:
     async def run() -> None:
-        async with attached(f"http://127.0.0.1:{free_port()}", timeout_s=0.2):
+        url = f"http://127.0.0.1:{free_port()}"
+        async with open_session() as session, attached(session, url, timeout_s=0.2):
             raise AssertionError
 
     with pytest.raises(ServerFailed, match="ClientConnectorError"):

@@ -54,7 +54,6 @@ SAMPLE = EngineSample(
     steps=4,
     step_tokens=20,
     finished=1,
-    truncated=0,
     rejected=0,
     prefix_hit_tokens=0,
 )
@@ -91,6 +90,17 @@ def written_run(store: Store, end: bool = True) -> None:
         stream.write(GPU)
     if end:
         store.end_run(RUN.id, 60_000_001_000, "horizon", {"ticks": 600})
+
+
+def test_a_sample_of_an_older_folder_can_be_read(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "out")
+    written_run(store)
+    stream = store.path / "runs" / RUN.id / "engine.jsonl"
+    stream.write_text(stream.read_text().replace("{", '{"truncated": 3, ', 1))
+    assert store.read_run(RUN.id).samples == [SAMPLE]
+    stream.write_text(stream.read_text().replace("{", '{"unheard_of": 3, ', 1))
+    with pytest.raises(DamagedRecord, match="unheard_of"):
+        store.read_run(RUN.id)
 
 
 # -- streams -------------------------------------------------------------------------------------
