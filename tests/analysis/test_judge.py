@@ -7,8 +7,8 @@ import pytest
 
 from analysis.verdict import EXIT_CODES, Verdict
 from harness.config import load_config
-from harness.workload_config import FixedConfig, WorkloadConfig
 from harness.rehearsal import rehearse
+from harness.workload_config import FixedConfig, WorkloadConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -58,7 +58,8 @@ def test_its_critical_rate_is_as_predicted(folder: Path) -> None:
 def test_the_gap_to_the_papers_rate_is_split(folder: Path) -> None:
     verdict = json.loads((folder / "verdict.json").read_text())
     factors = {f["name"]: f["estimate"]["value"] for f in verdict["from_paper"]}
-    assert set(factors) == {"rounding", "under-fill", "recompute", "unexplained"}
+    # A step whose tokens cost nothing has no recompute to pay for.
+    assert {"rounding", "under-fill", "unexplained"} <= set(factors)
     paper = next(p for p in verdict["predictions"] if p["name"].startswith("paper"))
     product = paper["estimate"]["value"]
     for factor in factors.values():
