@@ -82,7 +82,7 @@ def from_paper(evidence: Evidence, measured: Estimate | None) -> tuple[NamedEsti
             measured, evidence.engine.critical_rate, "measured over the engine's prediction"
         )
         factors.append(
-            NamedEstimate(name="unexplained", estimate=left, note="of all these factors")
+            NamedEstimate(name="unexplained", estimate=left, note="what they leave")
         )
     return tuple(factors)
 

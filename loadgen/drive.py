@@ -220,9 +220,11 @@ def _require_schedule(
 
 @contextmanager
 def _without_collection_pauses() -> Iterator[None]:
-    """No cycle collection during the run: a full one would stop the generator for a while."""
+    """No cycle collection during the run: a full one would stop the generator for a while.
+
+    Nor one before it: in a large process it takes longer than the time to the first arrival.
+    """
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.freeze()
     gc.disable()
     try:

@@ -20,7 +20,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "vllm_cpu.yaml"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of configs/vllm_cpu.yaml at half its speed, two short runs."""
+    """Results of configs/vllm_cpu.yaml at two thirds of its speed, two short runs."""
     environment = ENVIRONMENTS["vllm-cpu"]
     if environment.variable not in os.environ and not (environment.folder / ".complete").exists():
         missing = "there is no vLLM here: scripts/engine-env vllm-cpu makes its environment"
@@ -28,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.fail(missing)
         pytest.skip(missing)
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
-    # Steps of 40 ms leave the engine room for its own work beside whatever else the machine does.
-    config["server"]["launch"]["step_time"] = {"b0_ms": 40}
-    config["load"] = {"rates": [0.75, 1.4], "horizon_s": 30, "extend": False, "seed": 1}
+    # Steps of 30 ms leave the engine room for its own work beside whatever else the machine does.
+    config["server"]["launch"]["step_time"] = {"b0_ms": 30}
+    config["load"] = {"rates": [0.75, 1.4], "horizon_s": 22, "extend": False, "seed": 1}
     out = tmp_path_factory.mktemp("vllm")
     (out / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "harness.cli", "run", out / "config.yaml"]
