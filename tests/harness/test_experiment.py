@@ -25,7 +25,7 @@ CONFIG = {
             "max_num_seqs": 128,
             "max_num_batched_tokens": 1024,
             "max_model_len": 512,
-            "step_time": {"b0_ms": 13, "b1_us_per_token": 15, "b2_ns_per_kv_token": 700},
+            "step_time": {"b0_ms": 20, "b1_us_per_token": 20, "b2_ns_per_kv_token": 1000},
         }
     },
     "workload": {"uniform": {"prompt": [16, 80], "output": [16, 80]}},
