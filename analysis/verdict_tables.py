@@ -81,9 +81,7 @@ def from_paper(evidence: Evidence, measured: Estimate | None) -> tuple[NamedEsti
         left = ratio(
             measured, evidence.engine.critical_rate, "measured over the engine's prediction"
         )
-        factors.append(
-            NamedEstimate(name="unexplained", estimate=left, note="what they leave")
-        )
+        factors.append(NamedEstimate(name="unexplained", estimate=left, note="what they leave"))
     return tuple(factors)
 
 
