@@ -29,6 +29,7 @@ from harness.plan import HorizonTooShort
 from harness.predict import offline_predictions
 from harness.prober import CalibrationFailed
 from harness.sampler import ServerGone
+from harness.search_command import search_command
 from harness.server import ServerFailed
 from harness.server_limits import LimitsUnreadable
 from harness.store import Store, StoreError, missing
@@ -149,6 +150,7 @@ def mock(
 
 app.command("kv-cache")(kv_cache_command)
 app.command("calibrate")(calibrate_command)
+app.command("search")(search_command)
 
 
 def _new_folder(name: str) -> Path:

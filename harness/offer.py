@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.engine import EngineSample
 from harness.config import ExperimentConfig
 from harness.display import Countdown, Display
 from harness.gpu import GpuReader, GpuSample, NoGpu
@@ -64,7 +65,7 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
         )
         for prompt, (_, o, declared) in zip(prompts, lengths, strict=True)
     ]
-    await _idle(target, stage.display)
+    await idle(target, stage.display)
     start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
     store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), prediction_digest)
     name = f"{run.arrival_rate:.4g} req/s ({run.id[3:]} of critical)"
@@ -77,7 +78,7 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
     stats: SamplerStats | None = None
     end_ns = start_ns
     try:
-        async with _recording(stage, run.id) as (on_record, sampling):
+        async with recording(stage, run.id) as (on_record, sampling):
             loading = asyncio.create_task(
                 drive(
                     target.session,
@@ -117,7 +118,7 @@ def most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
     return min(arrivals, round(arrivals * unserved) + SPARE_IN_FLIGHT)
 
 
-class _Sampling:
+class Sampling:
     """The sampler as a task that can be told to stop."""
 
     def __init__(self, task: asyncio.Task[SamplerStats], stop: asyncio.Event) -> None:
@@ -131,10 +132,13 @@ class _Sampling:
 
 
 @contextlib.asynccontextmanager
-async def _recording(
-    stage: Stage, run_id: str
-) -> AsyncIterator[tuple[Callable[[RequestRecord], None], _Sampling]]:
-    """Append-only streams of one run, with the sampler writing into two of them."""
+async def recording(
+    stage: Stage, run_id: str, watch: Callable[[EngineSample], None] | None = None
+) -> AsyncIterator[tuple[Callable[[RequestRecord], None], Sampling]]:
+    """Append-only streams of one run, with the sampler writing into two of them.
+
+    ``watch`` sees every sample of the engine besides.
+    """
     gpus = stage.gpus if isinstance(stage.gpus, GpuReader) else None
     with contextlib.ExitStack() as streams:
         requests = streams.enter_context(stage.store.stream(run_id, "requests"))
@@ -147,6 +151,11 @@ async def _recording(
                 for row in rows:
                     gpu.write(row)
 
+        def on_sample(sample: EngineSample) -> None:
+            engine.write(sample)
+            if watch is not None:
+                watch(sample)
+
         stop = asyncio.Event()
         task = asyncio.create_task(
             sample_engine(
@@ -155,20 +164,20 @@ async def _recording(
                 stage.target.facts,
                 stage.config.sample_interval_s,
                 stop,
-                engine.write,
+                on_sample,
                 gpus=gpus,
                 on_gpu=on_gpu,
                 version=stage.target.shown.version,
             )
         )
         try:
-            yield requests.write, _Sampling(task, stop)
+            yield requests.write, Sampling(task, stop)
         finally:
             stop.set()
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _idle(target: Target, display: Display) -> None:
+async def idle(target: Target, display: Display) -> None:
     """Wait until nothing is left of the run before. Raises ServerFailed if the server never is."""
     display.phase("waiting for an idle server")
     seen = asyncio.Event()

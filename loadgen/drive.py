@@ -6,7 +6,7 @@ import asyncio
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadgen.arrivals import SECOND_NS, schedule_ns
-from loadgen.client import complete
+from loadgen.client import TokenStream, complete
 from loadgen.records import RequestRecord
 
 SPARE_FILE_DESCRIPTORS = 128
@@ -69,11 +69,11 @@ async def drive(
     """
     _require_schedule(arrival_s, bodies, lengths, horizon_s)
     require_file_descriptors(len(arrival_s) if expected_in_flight is None else expected_in_flight)
-    load = _Load(
+    load = Load(
         session=session,
         url=url,
         scheduled_ns=schedule_ns(arrival_s, start_ns).tolist(),
-        bodies=bodies,
+        bodies=list(bodies),
         lengths=lengths.tolist(),
         start_ns=start_ns,
         end_ns=start_ns + round(horizon_s * SECOND_NS),
@@ -97,6 +97,47 @@ async def drive(
     load.record_unsent()
 
 
+async def drive_on(
+    session: aiohttp.ClientSession,
+    url: str,
+    start_ns: int,
+    on_record: Callable[[RequestRecord], None],
+    decide: Callable[[Load], Awaitable[None]],
+    send_delay_s: float = 0.0,
+) -> None:
+    """An open loop whose schedule is decided as it goes: ``decide`` extends the load, then returns.
+
+    Each part must be there before it begins: `Load.extend`. A request whose instant has passed by
+    then is sent late, as any other. When ``decide`` returns, whatever is still in flight is stopped and
+    recorded ``unfinished``; the same when cancelled. Raises what ``decide`` or ``on_record`` raised.
+    """
+    load = Load(
+        session=session,
+        url=url,
+        scheduled_ns=[],
+        bodies=[],
+        lengths=[],
+        start_ns=start_ns,
+        end_ns=start_ns,
+        on_record=on_record,
+        timeout_s=None,
+        send_delay_s=send_delay_s,
+        extended=asyncio.Event(),
+    )
+    with _without_collection_pauses():
+        try:
+            async with asyncio.TaskGroup() as group:
+                sending = group.create_task(load.send(group))
+                await decide(load)
+                sending.cancel()
+                for task in list(load.flying.values()):
+                    task.cancel()
+        except BaseExceptionGroup as problems:
+            raise problems.exceptions[0] from None
+        finally:
+            load.record_unsent()
+
+
 def require_file_descriptors(expected_in_flight: int) -> None:
     """Make sure that so many requests fit at once; raise the soft limit of open files if need be.
 
@@ -117,13 +158,16 @@ def require_file_descriptors(expected_in_flight: int) -> None:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Load:
-    """One schedule on its way out. ``ended`` tells which arrivals have their record."""
+class Load:
+    """One schedule on its way out. ``ended`` tells which arrivals have their record.
+
+    `drive` knows the whole schedule before it begins; `drive_on` extends it on the way.
+    """
 
     session: aiohttp.ClientSession
     url: str
     scheduled_ns: list[int]
-    bodies: Sequence[bytes]
+    bodies: list[bytes]
     lengths: list[list[int]]
     start_ns: int
     end_ns: int
@@ -133,10 +177,44 @@ class _Load:
     sent: int = 0
     flying: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
+    streams: dict[int, TokenStream] = field(default_factory=dict)
+    """What each request in flight has brought so far."""
+    extended: asyncio.Event | None = None
+    """Set after the schedule grew; None: it does not grow."""
+
+    def extend(
+        self,
+        arrival_s: NDArray[np.float64],
+        bodies: Sequence[bytes],
+        lengths: NDArray[np.int64],
+        end_s: float,
+    ) -> None:
+        """Arrivals until ``end_s``, increasing and later than all before; arguments as of `drive`.
+
+        Raises ValueError for inputs that do not fit together, and TooFewFileDescriptors.
+        """
+        begin_s = (self.end_ns - self.start_ns) / SECOND_NS
+        _require_schedule(arrival_s - begin_s, bodies, lengths, end_s - begin_s)
+        require_file_descriptors(len(self.flying) + len(arrival_s))
+        self.bodies.extend(bodies)
+        self.lengths.extend(lengths.tolist())
+        self.scheduled_ns.extend(schedule_ns(arrival_s, self.start_ns).tolist())
+        self.end_ns = self.start_ns + round(end_s * SECOND_NS)
+        if self.extended is not None:
+            self.extended.set()
+
+    async def more(self, index: int) -> bool:
+        """Is there an arrival of this index? Waits for it where the schedule still grows."""
+        while index >= len(self.scheduled_ns) and self.extended is not None:
+            self.extended.clear()
+            await self.extended.wait()
+        return index < len(self.scheduled_ns)
 
     async def send(self, group: asyncio.TaskGroup) -> None:
         """Start every request at its instant, until the schedule or the time is over."""
-        for index, due_ns in enumerate(self.scheduled_ns):
+        index = -1
+        while await self.more(index := index + 1):
+            due_ns = self.scheduled_ns[index]
             while (wait_ns := due_ns - time.monotonic_ns()) > 0:
                 await asyncio.sleep(max(wait_ns - TIMER_GRID_NS, 0) / SECOND_NS)
             if self.send_delay_s:
@@ -150,6 +228,7 @@ class _Load:
 
     async def follow(self, index: int) -> None:
         prompt_tokens, output_tokens, max_tokens = self.lengths[index]
+        stream = self.streams[index] = TokenStream()
         record = await complete(
             self.session,
             self.url,
@@ -160,8 +239,9 @@ class _Load:
             output_tokens_designed=output_tokens,
             max_tokens=max_tokens,
             timeout_s=self.timeout_s,
+            stream=stream,
         )
-        del self.flying[index]
+        del self.flying[index], self.streams[index]
         self.ended.add(index)
         self.on_record(record)
 

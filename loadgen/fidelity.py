@@ -8,7 +8,7 @@ the gap histogram because repeated gaps, missing variance and clipped gaps do no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from loadgen.arrivals import SECOND_NS, poisson, schedule_ns
 from loadgen.records import FidelityCheck, LoadFidelity, RequestRecord, Run
+from loadgen.stretches import Stretch, operational, stretch_arrivals
 
 LEVEL = 1e-4
 """Honest runs that one check rejects. Real defects are many standard errors away at n = 1000."""
@@ -52,6 +53,36 @@ def fidelity(
     count. Lag quantiles are NaN when nothing was sent. Raises ValueError for a non-positive
     ``end_s``.
     """
+    due_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
+    return _judged(due_s, np.asarray, run.arrival_rate, records, end_s, start_ns, max_lag_ms)
+
+
+def fidelity_of_stretches(
+    stretches: Sequence[Stretch],
+    records: Sequence[RequestRecord],
+    end_s: float,
+    start_ns: int,
+    max_lag_ms: float = MAX_LAG_MS,
+) -> LoadFidelity:
+    """The same for a load of stretches, tested as one on the clock on which it has the rate 1."""
+    due_s = np.concatenate([stretch_arrivals(stretch) for stretch in stretches])
+
+    def clock(at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        return operational(stretches, at_s)
+
+    return _judged(due_s, clock, 1.0, records, end_s, start_ns, max_lag_ms)
+
+
+def _judged(
+    due_s: NDArray[np.float64],
+    clock: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    rate: float,
+    records: Sequence[RequestRecord],
+    end_s: float,
+    start_ns: int,
+    max_lag_ms: float,
+) -> LoadFidelity:
+    """``due_s``: the whole schedule; ``clock`` makes it a Poisson process of this constant rate."""
     if not end_s > 0:
         raise ValueError(
             f"a run that ended after {end_s} s offered nothing: there is no load to judge"
@@ -62,8 +93,9 @@ def fidelity(
     sent_s = (instants_ns[:, 0] - start_ns) / SECOND_NS
     lag_ms = (instants_ns[:, 0] - instants_ns[:, 1]) / 1e6
     p50, p99, longest = np.quantile(lag_ms, [0.5, 0.99, 1.0]) if len(sent) else (math.nan,) * 3
+    lag = clock(sent_s) - clock(sent_s - lag_ms / 1e3)
     checks = (
-        _schedule_check(run, records, start_ns, end_s),
+        _schedule_check(due_s, records, start_ns, end_s),
         _sent_check(records, start_ns, end_s, max_lag_ms),
         FidelityCheck(
             name="send lag",
@@ -73,7 +105,9 @@ def fidelity(
             meaning="99th percentile of sent minus scheduled, ms; if it is larger, give the client "
             "cores of its own or lower the rate",
         ),
-        *poisson_checks(sent_s, lag_ms / 1e3, run.arrival_rate, end_s),
+        # Whole seconds are those of the wall, not of the clock of the load.
+        *poisson_checks(clock(sent_s), lag, rate, float(clock(np.array([end_s]))[0]))[:-1],
+        _phase_check(np.sort(sent_s)),
         *_outcome_checks(records),
     )
     return LoadFidelity(
@@ -111,9 +145,8 @@ def poisson_checks(
 
 
 def _schedule_check(
-    run: Run, records: Sequence[RequestRecord], start_ns: int, end_s: float
+    due_s: NDArray[np.float64], records: Sequence[RequestRecord], start_ns: int, end_s: float
 ) -> FidelityCheck:
-    due_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
     due_ns = schedule_ns(due_s[due_s < end_s], start_ns)
     recorded_ns = np.array([r.scheduled_ns for r in records], dtype=np.int64)
     # Paired by rank to 1 us: another version of numpy may round the sums differently.
