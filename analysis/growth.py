@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from scipy.stats import chi2, norm, t
 
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames, number_in_system, started, tokens_received
+
+Number = TypeVar("Number", float, NDArray[np.float64])
 
 DRIFT_BATCHES = 6
 """Few batches: in a stable run increments of N over neighbouring batches cancel, so the batch-means
@@ -70,16 +73,20 @@ def critical_excursion(
     return z * math.sqrt(rate * variance_ratio * duration_s)
 
 
-def work_done(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KV demand served until each instant, in token-steps, shape of ``at_s``.
+def kv_work(prompt_tokens: Number, tokens: Number) -> Number:
+    """KV demand served, in token-steps, of a request that has so many of its output tokens.
 
-    A request that has j of its o tokens has used s*j + j*(j-1)/2 token-steps: the prompt's step holds
-    s tokens, each later step one more (theory.md 1.1, engine convention, whole prompt in one step).
+    s*j + j*(j-1)/2: the prompt's step holds s tokens, each later step one more (theory.md 1.1, engine
+    convention, whole prompt in one step).
     """
+    return prompt_tokens * tokens + tokens * (tokens - 1.0) / 2.0
+
+
+def work_done(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KV demand served until each instant, in token-steps (`kv_work`), shape of ``at_s``."""
     prompt = started(frames)["prompt_tokens"].to_numpy(dtype=float)[:, None]
     tokens = tokens_received(frames, at_s)
-    area = prompt * tokens + tokens * (tokens - 1.0) / 2.0
-    result: NDArray[np.float64] = area.sum(axis=0)
+    result: NDArray[np.float64] = kv_work(prompt, tokens).sum(axis=0)
     return result
 
 

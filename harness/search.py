@@ -14,7 +14,7 @@ from analysis.audit import binding_resource, saturation
 from analysis.engine import EngineLimits, EngineSample
 from analysis.evidence import OVERRUN_LIMIT
 from analysis.frames import run_frames
-from analysis.growth import Backlog
+from analysis.growth import Backlog, kv_work
 from analysis.search_result import SearchResult, search_result
 from analysis.search_rule import Design, Search, advance, begin
 from analysis.sequential import EMPTY, Look
@@ -95,11 +95,6 @@ class Watch:
             residence_s=self.stays_s / gone if gone else float("nan"),
             memory_s=squares_s2 / stays_s if stays_s > 0 else 0.0,
         )
-
-
-def kv_work(prompt_tokens: int, tokens: float) -> float:
-    """KV demand served of a request that has so many tokens, as in `analysis.growth.work_done`."""
-    return prompt_tokens * tokens + tokens * (tokens - 1.0) / 2.0
 
 
 @dataclass(slots=True)
