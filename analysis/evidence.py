@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.capacity import work_of
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames
-from analysis.kv_demand import kv_demand_blocks, kv_demand_engine
+from analysis.kv_demand import kv_demand_blocks
 from analysis.pace import Pace
 from analysis.prediction import Prediction
 from analysis.waterfall import Mechanism
@@ -65,10 +66,13 @@ def variance_ratio(workload: Workload) -> float:
     return 1.0 + workload.mean((demand / mean - 1.0) ** 2)
 
 
-def work_demand(workload: Workload) -> NDArray[np.float64]:
-    """KV demand per support point in the convention of `growth.work_done`, shape (n,)."""
-    s, o = workload.prompt_tokens, workload.output_tokens
-    return np.asarray(kv_demand_engine(s, o, int(s.max())), dtype=float)
+def work_demand(workload: Workload, binding: str = "kv_cache") -> NDArray[np.float64]:
+    """Work per support point in the convention of `capacity.work_done`, shape (n,)."""
+    prompt, declared, output = (
+        np.asarray(column, dtype=float)
+        for column in (workload.prompt_tokens, workload.max_tokens, workload.output_tokens)
+    )
+    return work_of(binding, prompt, declared, output)
 
 
 def rounding(workload: Workload, block_size: int) -> float:

@@ -27,7 +27,7 @@ from analysis.figure_style import (
     thin,
 )
 from analysis.formatting import load_label, plus_minus
-from analysis.frames import RunFrames, departures_s, number_in_system
+from analysis.frames import RunFrames, number_in_system
 from analysis.verdict import RunJudgement
 
 Pair = tuple[RunFrames, RunJudgement]
@@ -188,7 +188,7 @@ def gpu_over_time(frames: RunFrames, judgement: RunJudgement) -> str | None:
 def _number_series(frames: RunFrames) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """N(t) at every arrival and departure, thinned; shape (k,) each."""
     arrivals = frames.requests["scheduled_s"].to_numpy(dtype=float)
-    events = np.sort(np.concatenate([[0.0], arrivals, departures_s(frames), [frames.end_s]]))
+    events = np.sort(np.concatenate([[0.0], arrivals, frames.departures_s, [frames.end_s]]))
     events = events[(events >= 0.0) & (events <= frames.end_s)]
     return thin(events, number_in_system(frames, events).astype(float))
 

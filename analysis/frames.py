@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,45 @@ class RunFrames:
     engine: pd.DataFrame
     gpu: pd.DataFrame
 
+    @cached_property
+    def departures_s(self) -> NDArray[np.float64]:
+        """Sorted instants at which requests left the system before the end of the run, shape (k,).
+
+        Completed requests leave with their last token; a rejected or failed one is counted out at its
+        arrival, so that it never stands in N(t).
+        """
+        outcome = self.requests["outcome"].to_numpy()
+        last, due = (
+            self.requests[column].to_numpy(dtype=float)
+            for column in ("last_token_s", "scheduled_s")
+        )
+        gone = np.isin(outcome, ["rejected", "failed", "timed_out"])
+        instants = np.where(gone, due, np.where(outcome == "completed", last, np.nan))
+        return np.sort(instants[instants <= self.end_s])
+
+    @cached_property
+    def started(self) -> pd.DataFrame:
+        """The requests that received at least one token."""
+        requests = self.requests
+        return requests[requests["first_token_s"].notna() & (requests["output_tokens"] > 0)]
+
+    @cached_property
+    def mean_residence_s(self) -> float:
+        """Mean time of a request in service, first to last token, in seconds; inf before one left.
+
+        Little's law: all time spent in service until the end of the run over all that completed, so that
+        the short ones, which are the first to complete, do not stand for all.
+        """
+        first, last = (
+            self.requests[column].to_numpy(dtype=float)
+            for column in ("first_token_s", "last_token_s")
+        )
+        done = (self.requests["outcome"] == "completed").to_numpy() & (last <= self.end_s)
+        if not done.any():
+            return math.inf
+        in_service_s = np.where(done, last, self.end_s) - first
+        return float(np.nansum(np.maximum(in_service_s, 0.0)) / done.sum())
+
 
 def run_frames(
     run: Run,
@@ -60,24 +101,10 @@ def run_frames(
     return RunFrames(run, end_s, requests, engine, gpu_frame)
 
 
-def departures_s(frames: RunFrames) -> NDArray[np.float64]:
-    """Sorted instants at which requests left the system before the end of the run, shape (k,).
-
-    Completed requests leave with their last token; a rejected or failed one is counted out at its
-    arrival, so that it never stands in N(t).
-    """
-    requests = frames.requests
-    left = requests["last_token_s"].where(requests["outcome"] == "completed")
-    gone = requests["outcome"].isin(["rejected", "failed", "timed_out"])
-    left = left.where(~gone, requests["scheduled_s"])
-    instants = left.to_numpy(dtype=float)
-    return np.sort(instants[instants <= frames.end_s])
-
-
 def number_in_system(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """N(t) = scheduled minus departed at each instant, seen from the client; shape of ``at_s``."""
     arrived = np.searchsorted(frames.requests["scheduled_s"].to_numpy(dtype=float), at_s, "right")
-    departed = np.searchsorted(departures_s(frames), at_s, "right")
+    departed = np.searchsorted(frames.departures_s, at_s, "right")
     result: NDArray[np.int64] = arrived - departed
     return result
 
@@ -85,10 +112,10 @@ def number_in_system(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np
 def tokens_received(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
     """Output tokens that each started request has received until each instant.
 
-    Shape (started requests, instants), rows in the order of `started`. Between its first and its last
+    Shape (started requests, instants), rows in the order of ``started``. Between its first and its last
     token a request is taken to progress evenly.
     """
-    begun = started(frames)
+    begun = frames.started
     first, last, got = (
         begun[column].to_numpy(dtype=float)[:, None]
         for column in ("first_token_s", "last_token_s", "output_tokens")
@@ -98,9 +125,3 @@ def tokens_received(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.
         at_s[None, :] >= first, 1.0 + (got - 1.0) * progress, 0.0
     )
     return result
-
-
-def started(frames: RunFrames) -> pd.DataFrame:
-    """The requests that received at least one token."""
-    requests = frames.requests
-    return requests[requests["first_token_s"].notna() & (requests["output_tokens"] > 0)]

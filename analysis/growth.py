@@ -1,4 +1,4 @@
-"""Does the number in system grow, and at what rate can the server serve? With honest errors.
+"""Does the number in system grow? With honest errors.
 
 N(t) is an integrated process: residuals around a fitted line are not independent, and a t-test on the
 slope cries wolf in 40-65 % of stable runs (theory.md 6.4). Everything here works on *increments*.
@@ -7,24 +7,28 @@ slope cries wolf in 40-65 % of stable runs (theory.md 6.4). Everything here work
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import brentq
 from scipy.stats import chi2, norm, t
 
 from analysis.estimate import Estimate
-from analysis.frames import RunFrames, number_in_system, started, tokens_received
-
-Number = TypeVar("Number", float, NDArray[np.float64])
+from analysis.frames import RunFrames, number_in_system
 
 DRIFT_BATCHES = 6
 """Few batches: in a stable run increments of N over neighbouring batches cancel, so the batch-means
 error shrinks with the length of a batch; six leave Student's factor at 2.0 for one side of 95 %."""
-CAPACITY_BATCHES = 10
+DRIFT_LEVEL = 0.90
+"""Its ends are one-sided 95 % bounds."""
+GROWTH_LEVEL = 0.95
+"""One-sided: a run grows when N rose further than at exactly critical load in so many of all runs."""
+MIN_DRIFT_RESIDENCES = 3.0
+"""A slope is taken over at least so many mean residence times: half of one for each batch."""
+HAC_BINS = 60
+HAC_BANDWIDTH = math.ceil(1.3 * math.sqrt(HAC_BINS))
+"""In bins; 1.3 sqrt(n) after Lazarus, Lewis, Stock and Watson (J. Bus. Econ. Stat. 36, 2018)."""
 
 
 def batch_edges(start_s: float, end_s: float, batches: int) -> NDArray[np.float64]:
@@ -47,6 +51,30 @@ def batch_mean(rates: NDArray[np.float64], unit: str, method: str, level: float 
     return Estimate(value, value - half, value + half, level, unit, method)
 
 
+def why_no_slope(frames: RunFrames, start_s: float, end_s: float) -> str | None:
+    """Why the window [start_s, end_s) tells no slope of N, and what to do; None where it does.
+
+    Until the first requests have left, N grows at the offered rate whatever the load: a slope that
+    begins before one mean residence time measures the arrivals.
+    """
+    residence_s = frames.mean_residence_s
+    if math.isinf(residence_s):
+        return "no request was completed: lengthen the run (load.horizon_s)"
+    if start_s < residence_s:
+        return (
+            f"the window begins {start_s:.3g} s into the run, before one mean residence time of "
+            f"{residence_s:.3g} s, so that its slope would be the arrival rate: begin it later, with "
+            "a longer warm-up"
+        )
+    if end_s - start_s < MIN_DRIFT_RESIDENCES * residence_s:
+        return (
+            f"the window of {max(end_s - start_s, 0.0):.3g} s is shorter than "
+            f"{MIN_DRIFT_RESIDENCES:.0f} mean residence times of {residence_s:.3g} s: lengthen the run "
+            "(load.horizon_s)"
+        )
+    return None
+
+
 def drift(frames: RunFrames, start_s: float, end_s: float) -> Estimate:
     """Growth of the number in system on [start_s, end_s), in requests per second.
 
@@ -54,11 +82,73 @@ def drift(frames: RunFrames, start_s: float, end_s: float) -> Estimate:
     (theory.md 6.1); its interval comes from the increments over six equal batches. The level is 90 %,
     so that its ends are the one-sided 95 % bounds by which a run is judged. The measured
     false-alarm and miss rates are in ``docs/statistics.md``.
+
+    Raises ValueError where `why_no_slope` gives a reason; so do the two below.
     """
-    edges = batch_edges(start_s, end_s, DRIFT_BATCHES)
-    increments = np.diff(number_in_system(frames, edges)) / np.diff(edges)
+    rates = _increments(frames, start_s, end_s, DRIFT_BATCHES)
     method = f"increments of N(t) over {DRIFT_BATCHES} batches, 90 % interval"
-    return batch_mean(increments, "req/s", method, level=0.90)
+    return batch_mean(rates, "req/s", method, DRIFT_LEVEL)
+
+
+def drift_by_hac(frames: RunFrames, start_s: float, end_s: float) -> Estimate:
+    """The same slope with the error that autocorrelation leaves, from 60 short increments.
+
+    Newey and West's long-run variance with Bartlett weights. As its bandwidth is a sixth of the window,
+    the quantile is that of Kiefer and Vogelsang (Econometric Theory 21, 2005, table 1) and not the
+    normal one.
+    """
+    rates = _increments(frames, start_s, end_s, HAC_BINS)
+    deviations = rates - rates.mean()
+    variance = float(deviations @ deviations)
+    for lag in range(1, HAC_BANDWIDTH):
+        weight = 1.0 - lag / HAC_BANDWIDTH
+        variance += 2.0 * weight * float(deviations[lag:] @ deviations[:-lag])
+    # Bartlett weights keep the sum from being negative, but for rounding.
+    error = math.sqrt(max(variance, 0.0)) / HAC_BINS
+    half = bartlett_quantile(HAC_BANDWIDTH / HAC_BINS) * error
+    value = float(rates.mean())
+    method = f"increments of N(t) over {HAC_BINS} bins, autocorrelation up to a sixth of the window"
+    return Estimate(value, value - half, value + half, DRIFT_LEVEL, "req/s", method)
+
+
+def bartlett_quantile(bandwidth: float) -> float:
+    """95 % point of a t-ratio whose variance has Bartlett weights up to this share of the sample.
+
+    The cubic fit of Kiefer and Vogelsang (2005), table 1; 1.645 at 0.
+    """
+    b = bandwidth
+    return 1.6449 + 2.1859 * b + 0.3142 * b**2 - 0.3427 * b**3
+
+
+def drift_by_end_point(
+    frames: RunFrames, start_s: float, end_s: float, variance_ratio: float
+) -> Estimate:
+    """The same slope with the error of a diffusion, sigma / sqrt(T), from the law of lengths alone.
+
+    sigma^2 = arrival rate * ca2 + departure rate * cd2, both rates as realised (theory.md 6.1).
+    ``variance_ratio`` is ca2 + cd2 with ca2 = 1, Poisson. A stable queue wanders less: there the
+    interval is too wide.
+    """
+    value = float(_increments(frames, start_s, end_s, 1)[0])
+    ends = np.array([start_s, end_s])
+    departed = float(np.diff(np.searchsorted(frames.departures_s, ends, "right"))[0])
+    scheduled = frames.requests["scheduled_s"].to_numpy(dtype=float)
+    arrived = float(np.diff(np.searchsorted(scheduled, ends, "right"))[0])
+    error = math.sqrt(arrived + departed * (variance_ratio - 1.0)) / (end_s - start_s)
+    method = (
+        "end points of N(t), error of a diffusion with Poisson arrivals and the designed lengths"
+    )
+    return Estimate.normal(value, error, "req/s", method, DRIFT_LEVEL)
+
+
+def _increments(frames: RunFrames, start_s: float, end_s: float, count: int) -> NDArray[np.float64]:
+    """Slopes of N over equal parts of a window that tells one, shape (count,), req/s."""
+    reason = why_no_slope(frames, start_s, end_s)
+    if reason is not None:
+        raise ValueError(reason)
+    edges = batch_edges(start_s, end_s, count)
+    result: NDArray[np.float64] = np.diff(number_in_system(frames, edges)) / np.diff(edges)
+    return result
 
 
 def critical_excursion(
@@ -73,138 +163,39 @@ def critical_excursion(
     return z * math.sqrt(rate * variance_ratio * duration_s)
 
 
-def kv_work(prompt_tokens: Number, tokens: Number) -> Number:
-    """KV demand served, in token-steps, of a request that has so many of its output tokens.
+def growth_power(excess: float, variance_ratio: float, requests: float) -> float:
+    """Probability that a run of so many arrivals is found to grow by a relative excess; 0 to 1.
 
-    s*j + j*(j-1)/2: the prompt's step holds s tokens, each later step one more (theory.md 1.1, engine
-    convention, whole prompt in one step).
+    Both conditions of growth have to hold: Student's test of the batches and the excursion beyond what
+    critical load makes (theory.md 6.1). Scatter and mean of normal batches are independent, so that this
+    is the mean over the scatter of the probability that the drift exceeds both limits.
     """
-    return prompt_tokens * tokens + tokens * (tokens - 1.0) / 2.0
-
-
-def work_done(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KV demand served until each instant, in token-steps (`kv_work`), shape of ``at_s``."""
-    prompt = started(frames)["prompt_tokens"].to_numpy(dtype=float)[:, None]
-    tokens = tokens_received(frames, at_s)
-    result: NDArray[np.float64] = kv_work(prompt, tokens).sum(axis=0)
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """The stretch of a run in which the waiting queue was never seen empty."""
-
-    start_s: float
-    end_s: float
-
-    @property
-    def duration_s(self) -> float:
-        return self.end_s - self.start_s
-
-
-def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
-    """Longest suffix-to-gap stretch after ``start_s`` with waiting > 0 in every sample; None if none."""
-    engine = frames.engine
-    inside = engine[(engine["t_s"] >= start_s) & (engine["t_s"] <= frames.end_s)]
-    times = inside["t_s"].to_numpy(dtype=float)
-    waiting = inside["waiting"].to_numpy(dtype=float) > 0
-    best: Backlog | None = None
-    begin: int | None = None
-    for i, busy in enumerate([*waiting.tolist(), False]):
-        if busy and begin is None:
-            begin = i
-        elif not busy and begin is not None:
-            stretch = Backlog(float(times[begin]), float(times[i - 1]))
-            if best is None or stretch.duration_s > best.duration_s:
-                best = stretch
-            begin = None
-    return best
-
-
-def capacity_by_work(
-    frames: RunFrames, window: Backlog, kv_demand: float, batches: int = CAPACITY_BATCHES
-) -> Estimate:
-    """Saturated service rate from KV demand served, in requests per second (theory.md 6.3).
-
-    ``kv_demand`` is E[g] of the designed law in the convention of `work_done`. The mix of lengths that
-    happened to be served drops out, so the error is several times smaller than that of counting.
-    """
-    edges = batch_edges(window.start_s, window.end_s, batches)
-    rates = np.diff(work_done(frames, edges)) / np.diff(edges) / kv_demand
-    method = f"KV demand served under backlog over E[g], {batches} batches"
-    return batch_mean(rates, "req/s", method)
-
-
-def capacity_by_count(
-    frames: RunFrames, window: Backlog, batches: int = CAPACITY_BATCHES
-) -> Estimate:
-    """Saturated service rate from completions under backlog, in requests per second."""
-    done = frames.requests[frames.requests["outcome"] == "completed"]
-    instants = np.sort(done["last_token_s"].to_numpy(dtype=float))
-    edges = batch_edges(window.start_s, window.end_s, batches)
-    rates = np.diff(np.searchsorted(instants, edges)) / np.diff(edges)
-    return batch_mean(rates, "req/s", f"completions under backlog, {batches} batches")
-
-
-@dataclass(frozen=True, slots=True)
-class HingePoint:
-    """One run in the hinge fit: realised arrival rate and drift, requests per second."""
-
-    arrival_rate: float
-    drift: float
-    standard_error: float
-
-
-def hinge(points: Sequence[HingePoint]) -> Estimate | None:
-    """Critical rate from drift = max(0, arrival rate - critical rate), weighted least squares.
-
-    The interval holds all rates whose chi-square exceeds the minimum by the 95 % quantile of one
-    degree of freedom, widened by the root of the reduced chi-square where the fit is poor. None when
-    no run grew, since then any rate above the highest one fits equally well.
-    """
-    if not any(p.drift > 2 * p.standard_error for p in points):
-        return None
-    rates = np.array([p.arrival_rate for p in points])
-    drifts = np.array([p.drift for p in points])
-    errors = np.maximum(np.array([p.standard_error for p in points]), 1e-9)
-
-    def misfit(critical: float) -> float:
-        residual = (drifts - np.maximum(0.0, rates - critical)) / errors
-        return float(residual @ residual)
-
-    low, high = float((rates - drifts).min()), float(rates.max())
-    pad = max(high - low, 1e-6)
-    grid = np.linspace(max(low - pad, 0.0), high, 801)
-    start = grid[int(np.argmin([misfit(float(c)) for c in grid]))]
-    step = grid[1] - grid[0]
-    best = minimize_scalar(misfit, bounds=(start - step, start + step), method="bounded")
-    value = float(best.x)
-    inflation = max(1.0, float(best.fun) / max(len(points) - 1, 1))
-    limit = float(best.fun) + float(chi2.ppf(0.95, 1)) * inflation
-    inside = [float(c) for c in grid if misfit(float(c)) <= limit]
-    return Estimate(
-        value,
-        min([value, *inside]),
-        max([value, *inside]),
-        0.95,
-        "req/s",
-        f"hinge max(0, arrival rate - critical rate) over {len(points)} runs",
-    )
-
-
-def needed_requests(excess: float, variance_ratio: float, alpha: float, power: float) -> float:
-    """Arrivals that a run needs to tell a relative excess from zero (theory.md 6.2).
-
-    n = (z_alpha + z_power)^2 (ca2 + cd2) / excess^2, one-sided.
-    """
-    z = float(norm.ppf(1 - alpha) + norm.ppf(power))
-    return z**2 * variance_ratio / excess**2
-
-
-def growth_power(excess: float, variance_ratio: float, alpha: float, requests: float) -> float:
-    """Probability that a run of so many arrivals shows a relative excess: inverse of the above."""
     shift = abs(excess) * math.sqrt(requests / variance_ratio)
-    return float(norm.cdf(shift - norm.ppf(1 - alpha)))
+    freedom = DRIFT_BATCHES - 1
+    by_batches = float(t.ppf(GROWTH_LEVEL, freedom)) * _scatters(freedom)
+    by_excursion = float(norm.ppf(0.5 + GROWTH_LEVEL / 2))
+    return float(np.mean(norm.sf(np.maximum(by_batches, by_excursion) - shift)))
+
+
+@cache
+def _scatters(freedom: int) -> NDArray[np.float64]:
+    """Standard deviations of normal batches over the true one, at 1 000 equally likely points."""
+    points = (np.arange(1000) + 0.5) / 1000
+    return np.sqrt(np.asarray(chi2.ppf(points, freedom)) / freedom)
+
+
+def needed_requests(excess: float, variance_ratio: float, power: float) -> float:
+    """Arrivals until a relative excess is found with probability ``power``; inverse of `growth_power`.
+
+    About half as many again as theory.md 6.2 has for a known variance: six batches have to estimate it.
+    """
+    return _needed_shift(power) ** 2 * variance_ratio / excess**2
+
+
+@cache
+def _needed_shift(power: float) -> float:
+    """Excess in standard deviations of the drift that is found with probability ``power``."""
+    return float(brentq(lambda shift: growth_power(1.0, 1.0, shift**2) - power, 0.1, 20.0))
 
 
 def stationary_variance(

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.audit import STEP_BATCHES, Saturation, counter_at
+from analysis.capacity import work_done
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames
-from analysis.growth import batch_edges, batch_mean, work_done
+from analysis.growth import batch_edges, batch_mean
 from analysis.verdict import Check, NamedEstimate
 
 IDENTITY_TOLERANCE = 0.10

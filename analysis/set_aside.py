@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.engine import EngineLimits
-from analysis.frames import RunFrames, started, tokens_received
+from analysis.frames import RunFrames, tokens_received
 from analysis.operating_point import head_room_tokens
 from analysis.reservation import reserved_demand, usable_tokens
 from loadgen.workload import Workload
@@ -44,7 +44,7 @@ def set_aside(frames: RunFrames, at_s: Floats, limits: EngineLimits, ratio: Floa
     rules = limits.sglang
     if rules is None:
         return np.zeros_like(at_s)
-    begun = started(frames)
+    begun = frames.started
     first, last, declared = (
         begun[column].to_numpy(dtype=float)[:, None]
         for column in ("first_token_s", "last_token_s", "max_tokens")
