@@ -12,15 +12,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.capacity import Backlog
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.frames import (
     RunFrames,
-    departures_s,
     number_in_system,
     tokens_received,
 )
-from analysis.growth import Backlog, batch_edges, batch_mean
+from analysis.growth import batch_edges, batch_mean
 from analysis.set_aside import RESERVED_SHARE, set_aside, set_aside_ratio, unusable_share
 from analysis.verdict import Check
 from loadgen.workload import Workload
@@ -43,10 +43,9 @@ PINNED_SPREAD = 0.02
 FULL_STEP = 0.85
 """A step counts a prompt when it completes and recomputed tokens not at all: full steps read less than
 the budget."""
-STEADY_TOLERANCE = 0.10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Saturation:
     """What the engine showed while its queue was never empty."""
 
@@ -61,8 +60,8 @@ class Saturation:
     """The number of running requests sat at its maximum in nearly every sample."""
     tokens_per_step: float
     step_time: Estimate
-    step_halves_s: tuple[float, float]
-    """Mean step of the first and of the second half of the window."""
+    batch_steps: NDArray[np.float64]
+    """Steps in each of `STEP_BATCHES` equal parts of the window."""
     preemptions_per_request: float
     full_at: float
     """Share of the pool in use and set aside from which it counts as full."""
@@ -112,11 +111,12 @@ def saturation(
     engine = frames.engine
     inside = engine[(engine["t_s"] >= window.start_s) & (engine["t_s"] <= window.end_s)]
     running = inside["running"].to_numpy(dtype=float)
-    edges = np.array([window.start_s, (window.start_s + window.end_s) / 2, window.end_s])
+    edges = batch_edges(window.start_s, window.end_s, STEP_BATCHES)
     steps = np.diff(counter_at(frames, "steps", edges))
-    tokens = np.diff(counter_at(frames, "step_tokens", edges[[0, 2]]))[0]
-    finished = np.diff(counter_at(frames, "finished", edges[[0, 2]]))[0]
-    preempted = np.diff(counter_at(frames, "preemptions", edges[[0, 2]]))[0]
+    tokens, finished, preempted = (
+        np.diff(counter_at(frames, column, edges[[0, -1]]))[0]
+        for column in ("step_tokens", "finished", "preemptions")
+    )
     done = frames.requests[frames.requests["outcome"] == "completed"]
     held = done["prompt_tokens"] + done["output_tokens"] - 1
     blocks = float(np.ceil(held / limits.block_size).mean()) if len(done) else 0.0
@@ -134,10 +134,7 @@ def saturation(
         running_pinned=bool(np.quantile(running, 0.1) >= (1 - PINNED_SPREAD) * running.max() - 1),
         tokens_per_step=float(tokens / steps.sum()),
         step_time=mean_step,
-        step_halves_s=(
-            float((edges[1] - edges[0]) / steps[0]),
-            float((edges[2] - edges[1]) / steps[1]),
-        ),
+        batch_steps=steps,
         preemptions_per_request=float(preempted / max(finished, 1.0)),
         set_aside=float(aside.mean()),
         full_at=min(KV_BOUND_USAGE, NEARLY_ALL - HEAD_ROOM * left),
@@ -190,7 +187,7 @@ def conservation(frames: RunFrames) -> Check:
         )
     ends = times[[0, -1]]
     server = float(np.diff(counter_at(frames, "finished", ends))[0])
-    client = float(np.diff(np.searchsorted(departures_s(frames), ends))[0])
+    client = float(np.diff(np.searchsorted(frames.departures_s, ends))[0])
     allowed = (
         FOREIGN_REQUESTS
         + BALANCE_TOLERANCE * server

@@ -50,6 +50,8 @@ class CompiledRun(NamedTuple):
 def run_compiled(
     limits: EngineLimits,
     law: StepTime,
+    step_factors: NDArray[np.float64],
+    slowdown: NDArray[np.float64],
     arrival_s: NDArray[np.float64],
     lengths: NDArray[np.int64],
     horizon_s: float,
@@ -66,6 +68,8 @@ def run_compiled(
         None if limits.sglang is None else new_batch(limits.sglang, ignore_eos, state),
         np.ascontiguousarray(arrival_s, dtype=np.float64),
         law.coefficients(),
+        step_factors,
+        slowdown,
         float(horizon_s),
         float(sample_interval_s),
         np.zeros(FIRST_ROWS, LOGGED),
@@ -114,6 +118,8 @@ def _run(
     batch: Batch | None,
     arrival_s: NDArray[np.float64],
     law: NDArray[np.float64],
+    step_factors: NDArray[np.float64],
+    slowdown: NDArray[np.float64],
     horizon_s: float,
     sample_interval_s: float,
     steps: NDArray[Any],
@@ -139,6 +145,8 @@ def _run(
             duration_s = (
                 law[0] + law[1] * step.tokens + law[2] * step.kv_tokens + law[3] * step.scheduled
             )
+            duration_s *= step_factors[num_steps % len(step_factors)]
+            duration_s *= slowdown[int(now_s / horizon_s * len(slowdown))]
             if num_steps == len(steps):
                 steps = _grown(steps)
             _log(state, slot, steps[num_steps], now_s, duration_s)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from analysis.audit import STEADY_TOLERANCE, Saturation, binding_resource
+from analysis.audit import Saturation, binding_resource
 from analysis.evidence import Evidence
 from analysis.set_aside import RESERVED_SHARE
+from analysis.steadiness import steady
 from analysis.verdict import Check
 
 PREFIX_HIT_SHARE = 0.02
@@ -15,15 +16,16 @@ PREFIX_HIT_SHARE = 0.02
 
 
 def premises(
-    evidence: Evidence, longest: Saturation | None, saturated: Sequence[Saturation]
+    evidence: Evidence, longest: Saturation | None, saturated: Mapping[str, Saturation]
 ) -> list[Check]:
     """Which premises held: tested on limits, counters and occupancy, never on the drift.
 
-    ``saturated`` are all backlogged stretches, ``longest`` is the longest of them.
+    ``saturated`` are all backlogged stretches by their runs' ids, ``longest`` is the longest of them.
     """
     checks = [_kv_binds(evidence, longest), _no_reservation(evidence, longest)]
-    if longest is not None:
-        checks.append(_steady(saturated))
+    if saturated:
+        frames = {run.frames.run.id: run.frames for run in evidence.runs}
+        checks.append(steady(saturated, frames, evidence.theta))
     checks.append(_no_prefix_hits(evidence))
     for name, seen, meaning in (
         ("no rejections", _counted(evidence, "rejected"), "requests that the server refused"),
@@ -105,19 +107,4 @@ def _no_reservation(evidence: Evidence, saturated: Saturation | None) -> Check:
         text=f"under backlog {100 * saturated.set_aside:.1f} % of the pool was set aside for "
         f"outputs to come (allowed {100 * RESERVED_SHARE:.0f} %), beside the "
         f"{100 * saturated.kv_usage:.1f} % in use",
-    )
-
-
-def _steady(saturated: Sequence[Saturation]) -> Check:
-    """Under backlog the batch is always as full, so that its mean step should not change."""
-    halves = [step for s in saturated for step in s.step_halves_s]
-    change = max(halves) / min(halves) - 1.0
-    return Check(
-        name="steady step time",
-        holds=change <= STEADY_TOLERANCE,
-        observed=change,
-        threshold=STEADY_TOLERANCE,
-        text=f"mean steps in the halves of {len(saturated)} backlogged runs: "
-        f"{min(halves) * 1e3:.2f} to {max(halves) * 1e3:.2f} ms, {100 * change:.1f} % apart "
-        f"(allowed {100 * STEADY_TOLERANCE:.0f} %)",
     )

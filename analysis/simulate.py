@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import repeat
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.engine import Engine, EngineLimits, EngineSample, Request, Step
+from analysis.frames import RunFrames
 from analysis.scheduler import engine_of
 from analysis.step_time import StepTime
-from loadgen.records import RequestRecord
+from loadgen.records import RequestRecord, Run
 
 SECOND_NS = 1_000_000_000
 
@@ -37,17 +41,83 @@ ROW = np.dtype(
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+REQUEST = np.dtype(
+    [
+        *(
+            (name, np.int64)
+            for name in ("id", "prompt_tokens", "designed", "max_tokens", "outputs")
+        ),
+        *((name, np.float64) for name in ("arrival_s", "first_s", "last_s")),
+    ]
+)
+"""A request that arrived; NaN: it did not happen."""
+SAMPLED = (
+    *("waiting", "running", "preemptions", "prompt_tokens", "generation_tokens", "steps"),
+    *("step_tokens", "finished", "kv_usage"),
+)
+"""What a scheduler changes of an `EngineSample`, beside the ratio of SGLang."""
+SAMPLE = np.dtype(
+    [
+        *((name, np.int64) for name in SAMPLED[:-1]),
+        *((name, np.float64) for name in (SAMPLED[-1], "t_s", "new_token_ratio")),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
 class Simulation:
     """What a simulated run gives: records and samples as of a live run, and every step besides.
 
-    ``compiled`` says which engine ran; both give the same.
+    ``rows`` are of REQUEST, ``gauges`` of SAMPLE. ``compiled`` says which engine ran: both give the
+    same.
     """
 
-    records: list[RequestRecord]
-    samples: list[EngineSample]
+    limits: EngineLimits
+    rows: NDArray[np.void]
+    gauges: NDArray[np.void]
     steps: StepLog
     compiled: bool
+
+    @cached_property
+    def records(self) -> list[RequestRecord]:
+        """One for each request that arrived before the horizon."""
+        return _records(self.rows)
+
+    @cached_property
+    def samples(self) -> list[EngineSample]:
+        """One for each sampling interval."""
+        return _samples(self.limits, self.gauges)
+
+    def frames(self, run: Run) -> RunFrames:
+        """`analysis.frames.run_frames` of records and samples, in less time."""
+        rows, done = self.rows, self.rows["outputs"] == self.rows["designed"]
+        scheduled_s = _whole_ns(rows["arrival_s"])
+        requests = pd.DataFrame(
+            {
+                "id": rows["id"],
+                "prompt_tokens": rows["prompt_tokens"],
+                "output_tokens_designed": rows["designed"],
+                "max_tokens": rows["max_tokens"],
+                "output_tokens": rows["outputs"],
+                "prompt_tokens_reported": np.where(done, rows["prompt_tokens"], np.nan),
+                "outcome": np.where(done, "completed", "unfinished").astype(object),
+                "status": 200,
+                "error": None,
+                "scheduled_s": scheduled_s,
+                "sent_s": scheduled_s,
+                "first_token_s": _whole_ns(rows["first_s"]),
+                "last_token_s": _whole_ns(rows["last_s"]),
+            }
+        )
+        idle = engine_of(self.limits).sample(0)
+        gauges = {f.name: getattr(idle, f.name) for f in fields(idle)}
+        gauges |= {name: self.gauges[name] for name in SAMPLED}
+        if self.limits.sglang is not None:
+            gauges["new_token_ratio"] = self.gauges["new_token_ratio"]
+        del gauges["t_ns"], gauges["read_ns"]
+        t_s = _whole_ns(self.gauges["t_s"])
+        engine = pd.DataFrame(gauges | {"t_s": t_s, "read_s": t_s})
+        return RunFrames(run, run.horizon_s, requests, engine, pd.DataFrame([]))
 
 
 def simulate(
@@ -59,6 +129,8 @@ def simulate(
     sample_interval_s: float = 0.1,
     ignore_eos: bool = True,
     compiled: bool | None = None,
+    step_factors: NDArray[np.float64] | None = None,
+    slowdown: NDArray[np.float64] | None = None,
 ) -> Simulation:
     """Run the engine on [0, horizon_s) with the given arrivals and stop there.
 
@@ -68,18 +140,36 @@ def simulate(
     horizon are ``unfinished``. ``compiled`` chooses between the engine of `analysis.compiled` and the
     plain one; None takes the compiled one where numba is installed. Both give the same, bit for bit.
 
-    Raises ValueError when a request can never fit the pool, TypeError when the compiled engine is
-    asked for a step time that is no `StepTime`.
+    A step takes what ``step_time`` says, times two factors; None: 1. ``step_factors``, shape (m,): one
+    for each step, begun anew after the m-th: noise, drawn by the caller. ``slowdown``, shape (k,): one
+    for each k-th part of the horizon, taken where the step starts: a server whose speed drifts.
+
+    Raises ValueError when a request can never fit the pool or a factor is not positive and finite,
+    TypeError when the compiled engine is asked for a step time that is no `StepTime`.
     """
     if compiled is None:
         compiled = find_spec("numba") is not None and type(step_time) is StepTime
+    factors = _factors("step_factors", step_factors), _factors("slowdown", slowdown)
     run = _compiled if compiled else _plain
-    return run(limits, step_time, arrival_s, lengths, horizon_s, sample_interval_s, ignore_eos)
+    return run(
+        limits, step_time, *factors, arrival_s, lengths, horizon_s, sample_interval_s, ignore_eos
+    )
+
+
+def _factors(name: str, factors: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    if factors is None:
+        return np.ones(1)
+    result = np.ascontiguousarray(factors, dtype=np.float64)
+    if result.ndim != 1 or not len(result) or not (np.isfinite(result) & (result > 0)).all():
+        raise ValueError(f"{name} must be a row of positive, finite factors")
+    return result
 
 
 def _plain(
     limits: EngineLimits,
     step_time: StepTime,
+    step_factors: NDArray[np.float64],
+    slowdown: NDArray[np.float64],
     arrival_s: NDArray[np.float64],
     lengths: NDArray[np.int64],
     horizon_s: float,
@@ -94,12 +184,13 @@ def _plain(
     ]
     first_s = np.full(len(requests), np.nan)
     last_s = np.full(len(requests), np.nan)
-    samples: list[EngineSample] = []
+    samples: list[tuple[float | int, ...]] = []
     steps: list[tuple[float | int, ...]] = []
     next_sample_s = 0.0
     now_s = 0.0
     arrived = 0
     arrivals = arrival_s.tolist()
+    noise, slower = step_factors.tolist(), slowdown.tolist()
     shown = engine.sample(0)
     while now_s < horizon_s:
         while arrived < len(requests) and arrivals[arrived] <= now_s:
@@ -110,11 +201,14 @@ def _plain(
             end_s = arrivals[arrived] if arrived < len(requests) else horizon_s
         else:
             duration_s = step_time(step.tokens, step.kv_tokens, len(step.scheduled))
+            duration_s *= noise[len(steps) % len(noise)]
+            duration_s *= slower[int(now_s / horizon_s * len(slower))]
             steps.append((now_s, duration_s, *_row(step, engine)))
             end_s = now_s + duration_s
         while next_sample_s < min(end_s, horizon_s):
-            t_ns = round(next_sample_s * SECOND_NS)
-            samples.append(replace(shown, read_ns=t_ns, t_ns=t_ns))
+            samples.append(
+                (*(getattr(shown, name) for name in SAMPLED), next_sample_s, _ratio(shown))
+            )
             next_sample_s += sample_interval_s
         now_s = end_s
         if step is not None and now_s < horizon_s:
@@ -125,8 +219,13 @@ def _plain(
             # Gauges show what the last step left, as a real engine's do.
             shown = engine.sample(0)
     outputs = np.array([request.outputs for request in requests], dtype=np.int64)
-    records = _records(arrival_s, lengths, outputs, first_s, last_s, horizon_s)
-    return Simulation(records, samples, _log(np.array(steps, dtype=ROW)), compiled=False)
+    rows = _rows(arrival_s, lengths, outputs, first_s, last_s, horizon_s)
+    log = _log(np.array(steps, dtype=ROW))
+    return Simulation(limits, rows, np.array(samples, dtype=SAMPLE), log, compiled=False)
+
+
+def _ratio(shown: EngineSample) -> float:
+    return np.nan if shown.new_token_ratio is None else shown.new_token_ratio
 
 
 def _log(rows: NDArray[np.void]) -> StepLog:
@@ -149,6 +248,8 @@ def _row(step: Step, engine: Engine) -> tuple[int, ...]:
 def _compiled(
     limits: EngineLimits,
     step_time: StepTime,
+    step_factors: NDArray[np.float64],
+    slowdown: NDArray[np.float64],
     arrival_s: NDArray[np.float64],
     lengths: NDArray[np.int64],
     horizon_s: float,
@@ -160,43 +261,62 @@ def _compiled(
     from analysis.compiled import run_compiled
 
     run = run_compiled(
-        limits, step_time, arrival_s, lengths, horizon_s, sample_interval_s, ignore_eos
+        limits,
+        step_time,
+        step_factors,
+        slowdown,
+        arrival_s,
+        lengths,
+        horizon_s,
+        sample_interval_s,
+        ignore_eos,
     )
     requests = run.requests
-    records = _records(
+    rows = _rows(
         arrival_s, lengths, requests["outputs"], requests["first_s"], requests["last_s"], horizon_s
     )
-    return Simulation(records, _samples(limits, run.samples), _log(run.steps), compiled=True)
+    return Simulation(limits, rows, run.samples, _log(run.steps), compiled=True)
 
 
 def _samples(limits: EngineLimits, rows: NDArray[np.void]) -> list[EngineSample]:
-    """Records of `analysis.compiled_state.SAMPLE` as samples."""
     idle = engine_of(limits).sample(0)
-    columns = {name: rows[name].tolist() for name in rows.dtype.names or () if name != "t_s"}
+    columns: dict[str, list[Any]] = {name: rows[name].tolist() for name in SAMPLED}
     columns["t_ns"] = columns["read_ns"] = _nanoseconds(rows["t_s"])
-    if limits.sglang is None:
-        del columns["new_token_ratio"]
+    if limits.sglang is not None:
+        columns["new_token_ratio"] = rows["new_token_ratio"].tolist()
     names = [field.name for field in fields(idle)]
     # What no scheduler changes stays as it is in an idle engine.
     values = (columns.get(name, repeat(getattr(idle, name), len(rows))) for name in names)
     return [EngineSample(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)]
 
 
-def _records(
+def _rows(
     arrival_s: NDArray[np.float64],
     lengths: NDArray[np.int64],
     outputs: NDArray[np.int64],
     first_s: NDArray[np.float64],
     last_s: NDArray[np.float64],
     horizon_s: float,
-) -> list[RequestRecord]:
-    """One record for each request that arrived before the horizon; NaN: it did not happen."""
-    arrived = arrival_s < horizon_s
+) -> NDArray[np.void]:
+    """REQUEST of each request that arrived before the horizon."""
+    arrived = np.flatnonzero(arrival_s < horizon_s)
+    rows = np.empty(len(arrived), dtype=REQUEST)
+    times = {"arrival_s": arrival_s, "first_s": first_s, "last_s": last_s}
+    for name, column in ({"outputs": outputs} | times).items():
+        rows[name] = column[arrived]
+    rows["id"] = arrived
+    for name, column in zip(
+        ("prompt_tokens", "designed", "max_tokens"), lengths[arrived].T, strict=True
+    ):
+        rows[name] = column
+    return rows
+
+
+def _records(rows: NDArray[np.void]) -> list[RequestRecord]:
+    names = ("id", "prompt_tokens", "designed", "max_tokens", "outputs")
     columns = (
-        np.flatnonzero(arrived).tolist(),
-        *lengths[arrived].T.tolist(),
-        outputs[arrived].tolist(),
-        *(_nanoseconds(times[arrived]) for times in (arrival_s, first_s, last_s)),
+        *(rows[name].tolist() for name in names),
+        *(_nanoseconds(rows[name]) for name in ("arrival_s", "first_s", "last_s")),
     )
     return [
         RequestRecord(
@@ -217,6 +337,12 @@ def _records(
             *columns, strict=True
         )
     ]
+
+
+def _whole_ns(times_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds as a clock of whole nanoseconds shows them."""
+    result: NDArray[np.float64] = np.rint(times_s * SECOND_NS) / 1e9
+    return result
 
 
 def _nanoseconds(times_s: NDArray[np.float64]) -> list[int | None]:

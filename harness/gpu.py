@@ -12,19 +12,6 @@ try:
 except ImportError:
     pynvml = None
 
-THROTTLE_REASONS = {
-    0x01: "idle",
-    0x02: "application clocks",
-    0x04: "software power cap",
-    0x08: "hardware slowdown",
-    0x10: "sync boost",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
-    0x100: "display clocks",
-}
-"""Bits of `GpuSample.throttle_reasons` (nvml.h, nvmlClocksEventReasons)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSample:
@@ -41,7 +28,7 @@ class GpuSample:
     sm_clock_mhz: int | None
     temperature_c: int | None
     throttle_reasons: int | None
-    """Bits of `THROTTLE_REASONS`; 0 means that the clock is not held back."""
+    """Bits of `analysis.steadiness.THROTTLE_REASONS`; 0 means that the clock is not held back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,12 @@ LAW = StepTime(
 
 
 def both(
-    limits: EngineLimits, arrival_s: Any, lengths: Any, horizon_s: float, ignore_eos: bool = True
+    limits: EngineLimits,
+    arrival_s: Any,
+    lengths: Any,
+    horizon_s: float,
+    ignore_eos: bool = True,
+    **factors: Any,
 ) -> Simulation:
     """The plain engine's run, after every array of it has been held against the compiled one's."""
     plain, fast = (
@@ -30,6 +35,7 @@ def both(
             sample_interval_s=max(0.03, horizon_s / 500),
             ignore_eos=ignore_eos,
             compiled=compiled,
+            **factors,
         )
         for compiled in (False, True)
     )
@@ -100,13 +106,21 @@ drawn_requests = st.lists(
 )
 
 
+factors = st.none() | st.lists(st.floats(0.2, 5.0), min_size=1, max_size=7)
+
+
 @settings(max_examples=100, deadline=None)
-@given(vllm_limits | sglang_limits, drawn_requests, st.booleans(), st.none() | st.floats(0.01, 3))
+@given(
+    *(vllm_limits | sglang_limits, drawn_requests, st.booleans(), st.none() | st.floats(0.01, 3)),
+    *(factors, factors),
+)
 def test_every_step_record_and_sample_is_that_of_the_plain_engine(
     limits: EngineLimits,
     drawn: list[tuple[float, int, int, int]],
     ignore_eos: bool,
     cut_s: float | None,
+    step_factors: list[float] | None,
+    slowdown: list[float] | None,
 ) -> None:
     longest = min(limits.pool_tokens, limits.max_model_len or limits.pool_tokens)
     if limits.sglang is not None:
@@ -116,7 +130,11 @@ def test_every_step_record_and_sample_is_that_of_the_plain_engine(
         return
     arrival_s = [at for at, *_ in fitting]
     lengths = [(s, o, 0 if more == 40 else o + more) for _, s, o, more in fitting]
-    run = both(limits, arrival_s, lengths, cut_s or 500.0, ignore_eos)
+    run = both(
+        *(limits, arrival_s, lengths, cut_s or 500.0, ignore_eos),
+        step_factors=step_factors,
+        slowdown=slowdown,
+    )
     if cut_s is None:
         check_conservation(run, limits)
 
@@ -183,3 +201,31 @@ def test_requests_that_can_never_run_are_refused_alike(
     with pytest.raises(ValueError, match=message):
         simulate(limits, LAW, np.array([0.0, 0.1]), triples, 10.0, compiled=compiled)
     assert simulate(limits, LAW, np.array([0.0, 20.0]), triples, 10.0, compiled=compiled).records
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_factors_multiply_each_step_time(compiled: bool) -> None:
+    lengths = np.array([(20, 30, 0)] * 40)
+    run = simulate(
+        *(SGLANG, LAW, np.zeros(40), lengths, 4.0),
+        compiled=compiled,
+        step_factors=np.array([1.0, 2.0, 0.5]),
+        slowdown=np.array([1.0, 1.0, 3.0, 1.0]),
+    )
+    plain = simulate(SGLANG, LAW, np.zeros(40), lengths, 4.0, compiled=compiled).steps
+    steps, count = run.steps, len(run.steps.start_s)
+    factors = np.resize([1.0, 2.0, 0.5], count)
+    factors[(steps.start_s >= 2.0) & (steps.start_s < 3.0)] *= 3.0
+    expected = plain.duration_s[:count]
+    assert count > 50 and (plain.tokens[:count] == steps.tokens).all()
+    assert steps.duration_s == pytest.approx(expected * factors, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["step_factors", "slowdown"])
+@pytest.mark.parametrize("factors", [[], [1.0, 0.0], [1.0, np.nan], [[1.0]]])
+def test_factors_that_are_no_row_of_positive_numbers_are_refused(name: str, factors: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a row of positive"):
+        simulate(
+            *(UNIFORM, LAW, np.zeros(1), np.array([(5, 5, 5)]), 1.0),
+            **{name: np.array(factors)},  # type: ignore[arg-type]
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.gpu import THROTTLE_REASONS, NoGpu, open_gpus
+from harness.gpu import NoGpu, open_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 # The part of NVML that a reader calls: two cards, the second of which knows less.
@@ -129,7 +129,3 @@ def test_a_driver_without_a_query_gives_none(tmp_path: Path) -> None:
 )
 def test_what_can_be_wrong(tmp_path: Path, defines: dict[str, int], answer: dict[str, str]) -> None:
     assert read_with_stand_in(tmp_path, **defines) == answer
-
-
-def test_throttle_reasons_are_single_bits() -> None:
-    assert all(bit & (bit - 1) == 0 for bit in THROTTLE_REASONS)
