@@ -118,6 +118,7 @@ class LoadConfig(Section):
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.85, 1.15, 1.3)
     horizon_s: Annotated[float, Field(gt=0)] | None = None
     max_horizon_s: Annotated[float, Field(gt=0)] = 600.0
+    start: Literal["empty", "full", "both"] = "empty"
     extend: bool = True
     seed: Annotated[int, Field(ge=0)] = 1
     vocabulary: tuple[Annotated[int, Field(ge=0)], Positive] = (FIRST_ORDINARY_ID, 900)

@@ -20,7 +20,7 @@ from harness.sampler import SamplerStats, sample_engine
 from harness.server import ServerFailed
 from harness.store import EndReason, Store
 from harness.target import Target
-from loadgen.arrivals import poisson
+from loadgen.arrivals import run_arrivals
 from loadgen.drive import drive
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import RequestRecord, Run
@@ -51,7 +51,7 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
     Raises ServerGone when the server stops answering, and passes a cancellation on.
     """
     config, target, store = stage.config, stage.target, stage.store
-    arrival_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
+    arrival_s = run_arrivals(run)
     lengths = stage.workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
     prompts = make_prompts(lengths[:, 0], run.seed, range(*config.load.vocabulary))
     bodies = [
@@ -68,7 +68,8 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
     await idle(target, stage.display)
     start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
     store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), prediction_digest)
-    name = f"{run.arrival_rate:.4g} req/s ({run.id[3:]} of critical)"
+    load = f"{run.id[3:].removesuffix('-full')} of critical"
+    name = f"{run.arrival_rate:.4g} req/s ({load}{', started full' if run.preload else ''})"
 
     def progress(elapsed_s: float, sent: int, in_flight: int) -> None:
         stage.display.phase(name, elapsed_s / run.horizon_s, countdown.left_s())
@@ -115,7 +116,8 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
 def most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
     """Requests in the system at the horizon if the server were half as fast as predicted."""
     unserved = max(0.0, 1.0 - 0.5 * critical_rate / run.arrival_rate)
-    return min(arrivals, round(arrivals * unserved) + SPARE_IN_FLIGHT)
+    later = round((arrivals - run.preload) * unserved)
+    return min(arrivals, run.preload + later + SPARE_IN_FLIGHT)
 
 
 class Sampling:

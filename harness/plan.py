@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from analysis.evidence import variance_ratio
 from analysis.growth import (
@@ -16,15 +17,19 @@ from analysis.growth import (
 )
 from analysis.prediction import Prediction
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
-from loadgen.records import Run
+from loadgen.records import Run, Start
 from loadgen.workload import Workload
 
+StartOption = Literal["empty", "full", "both"]
 WARMUP_RESIDENCES = 3.0
 """Until the first requests have left, N grows at the offered rate whatever the load; theory.md 6.3
 discards three of the longest residence times."""
 MEASURED_RESIDENCES = 9.0
 """An overloaded run is measured for at least so many of the longest residence times."""
-ALPHA = 0.05
+PRELOAD_MEMORIES = 10.0
+"""A run that starts full has so many times the requests that saturated memory holds."""
+PRELOAD_SIGMAS = 4.0
+"""... and at least so many standard deviations of N over the run, that chance does not empty it."""
 GROWTH_POWER = 0.95
 STABILITY_POWER = 0.995
 
@@ -49,10 +54,35 @@ class Plan:
 
     @property
     def requests(self) -> float:
-        return sum(run.horizon_s * run.arrival_rate for run in self.runs)
+        return sum(run.preload + run.horizon_s * run.arrival_rate for run in self.runs)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def least_excess(theta: float) -> float:
+    """Share of the critical rate beyond it whose growth a run at nearly the predicted one is to show."""
+    return theta / 4
+
+
+def preload_size(engine: Prediction, horizon_s: float, variance_ratio: float) -> int:
+    """Requests that a run of this length starts full with (theory.md 6.3, steps A and C).
+
+    The larger of ten memory-fulls, which at load rho take 10/(1 - rho) mean residences to drain, and
+    4 sqrt(mu (ca2 + cd2) T), beyond the reach of chance. ``variance_ratio`` is ca2 + cd2.
+    """
+    wander = math.sqrt(engine.critical_rate.value * variance_ratio * horizon_s)
+    return math.ceil(max(PRELOAD_MEMORIES * engine.running, PRELOAD_SIGMAS * wander))
+
+
+def starts(start: StartOption, load: float) -> tuple[Start, ...]:
+    """How the runs at this multiple of the predicted critical rate start.
+
+    ``both`` gives pairs below it alone: above it a queue grows from either start.
+    """
+    if start == "both":
+        return ("empty", "full") if load < 1 else ("empty",)
+    return (start,)
 
 
 def make_plan(
@@ -67,15 +97,18 @@ def make_plan(
     seed: int,
     prediction_digest: str,
     first_index: int = 0,
+    start: StartOption = "empty",
 ) -> Plan:
-    """One run for each load (multiple of the predicted critical rate), numbered from ``first_index``.
+    """Runs for each load (multiple of the predicted critical rate), numbered from ``first_index``.
+
+    One for each load, or with ``start`` "both" a pair below the critical rate, see `starts`.
 
     ``engine`` is the prediction with the engine's own blocks and ceilings, whatever is claimed: from
     it come the residence times.
 
-    Where no horizon is given, a run above is as long as its growth needs to show (theory.md 6.2), a
-    run below as long as its drift needs to be bounded; the error of the prediction is taken off the
-    distance from critical. No run is longer than ``max_horizon_s``.
+    Where no horizon is given, a run above, and one that starts full, is as long as its drift needs to
+    show (theory.md 6.2), a run below as long as its drift needs to be bounded; the error of the
+    prediction is taken off the distance from critical. No run is longer than ``max_horizon_s``.
     """
     longest_s, mean_s = engine.longest_residence_s, engine.mean_residence_s
     spread = variance_ratio(workload)
@@ -83,15 +116,17 @@ def make_plan(
     relative_error = critical.standard_error / critical.value
     warmup_s = max(WARMUP_RESIDENCES * longest_s, engine.settling_s)
     runs, powers = [], []
-    for index, load in enumerate(loads, first_index):
+    cases = [(load, how) for load in loads for how in starts(start, load)]
+    for index, (load, how) in enumerate(cases, first_index):
+        bounded = load < 1 and how == "empty"
         rate = load * critical.value
-        excess = max(abs(load - 1.0) - relative_error, theta / 4)
+        excess = max(abs(load - 1.0) - relative_error, least_excess(theta))
         stable_below = theta / 2 * rate
         variance = stationary_variance(rate, mean_s, 1.0 - excess, spread)
-        if load < 1:
+        if bounded:
             needed_s = stability_duration(stable_below, variance, STABILITY_POWER)
         else:
-            needed_s = needed_requests(excess, spread, ALPHA, GROWTH_POWER) / rate
+            needed_s = needed_requests(excess, spread, GROWTH_POWER) / rate
         wanted_s = horizon_s or warmup_s + max(needed_s, MEASURED_RESIDENCES * longest_s)
         length_s = min(wanted_s, max_horizon_s)
         left_s = length_s - warmup_s
@@ -104,16 +139,17 @@ def make_plan(
             )
         powers.append(
             stability_power(stable_below, variance, left_s)
-            if load < 1
-            else growth_power(excess, spread, ALPHA, left_s * rate)
+            if bounded
+            else growth_power(excess, spread, left_s * rate)
         )
         runs.append(
             Run(
-                id=f"{index:02d}-{load:.2f}",
+                id=f"{index:02d}-{load:.2f}" + ("-full" if how == "full" else ""),
                 arrival_rate=rate,
                 horizon_s=round(length_s, 1),
                 warmup_s=round(warmup_s, 2),
                 seed=seed * 1000 + index,
+                preload=preload_size(engine, length_s, spread) if how == "full" else 0,
             )
         )
     return Plan(

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from loadgen.records import Run
+
 SECOND_NS = 1_000_000_000
 
 
@@ -27,6 +29,17 @@ def poisson(rate_per_s: float, horizon_s: float, seed: int) -> NDArray[np.float6
     rng = np.random.default_rng(seed)
     return _renewal(
         lambda count: rng.standard_exponential(count) / rate_per_s, rate_per_s, horizon_s
+    )
+
+
+def run_arrivals(run: Run) -> NDArray[np.float64]:
+    """The whole offered load of a run, seconds in [0, horizon_s), shape (n,), never decreasing.
+
+    The burst of a run that starts full comes first, all of it at 0; the Poisson arrivals are those of
+    the same run without it.
+    """
+    return np.concatenate(
+        [np.zeros(run.preload), poisson(run.arrival_rate, run.horizon_s, run.seed)]
     )
 
 

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from loadgen.arrivals import SECOND_NS, poisson, schedule_ns
+from loadgen.arrivals import SECOND_NS, run_arrivals, schedule_ns
 from loadgen.records import FidelityCheck, LoadFidelity, RequestRecord, Run
 from loadgen.stretches import Stretch, operational, stretch_arrivals
 
@@ -47,14 +47,26 @@ def fidelity(
 ) -> LoadFidelity:
     """Judge one run from ``start_ns`` over the first ``end_s`` seconds, when the load ended.
 
-    The schedule is drawn again from ``run`` (a Poisson process of its rate, horizon and seed) and
-    compared instant by instant; then the sends are compared with their schedule and tested on their
-    own. ``valid`` is False when any check failed; those with too few requests to be made do not
-    count. Lag quantiles are NaN when nothing was sent. Raises ValueError for a non-positive
-    ``end_s``.
+    The schedule is drawn again from ``run`` (a Poisson process of its rate, horizon and seed, behind
+    the burst of a run that starts full) and compared instant by instant; then the sends are compared
+    with their schedule and tested on their own: those due after the last of the burst was sent, since
+    a burst is on its way for a while and what is left of a Poisson process is one. ``valid`` is False
+    when any check failed; those with too few requests to be made do not count. Lag quantiles are NaN
+    when nothing was sent. Raises ValueError for a non-positive ``end_s``.
     """
-    due_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
-    return _judged(due_s, np.asarray, run.arrival_rate, records, end_s, start_ns, max_lag_ms)
+    due_s = run_arrivals(run)
+    if not run.preload:
+        return _judged(due_s, np.asarray, run.arrival_rate, records, end_s, start_ns, max_lag_ms)
+    sent_ns = [r.sent_ns for r in records if r.scheduled_ns == start_ns and r.sent_ns is not None]
+    gone_s = (max(sent_ns, default=start_ns) - start_ns) / SECOND_NS
+
+    def since(at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        return at_s - gone_s
+
+    check = _burst_check(gone_s, run.warmup_s)
+    return _judged(
+        due_s, since, run.arrival_rate, records, end_s, start_ns, max_lag_ms, gone_s, (check,)
+    )
 
 
 def fidelity_of_stretches(
@@ -81,14 +93,20 @@ def _judged(
     end_s: float,
     start_ns: int,
     max_lag_ms: float,
+    burst_gone_s: float = -math.inf,
+    more: tuple[FidelityCheck, ...] = (),
 ) -> LoadFidelity:
-    """``due_s``: the whole schedule; ``clock`` makes it a Poisson process of this constant rate."""
-    if not end_s > 0:
+    """``due_s``: the whole schedule; ``clock`` makes it a Poisson process of this constant rate.
+
+    Lag and law are those of the arrivals due after ``burst_gone_s``, from where ``clock`` then counts.
+    """
+    if not end_s > max(burst_gone_s, 0.0):
         raise ValueError(
             f"a run that ended after {end_s} s offered nothing: there is no load to judge"
         )
     records = [r for r in records if r.scheduled_ns < start_ns + end_s * SECOND_NS]
-    sent = sorted((r.sent_ns, r.scheduled_ns) for r in records if r.sent_ns is not None)
+    judged = [r for r in records if r.scheduled_ns > start_ns + burst_gone_s * SECOND_NS]
+    sent = sorted((r.sent_ns, r.scheduled_ns) for r in judged if r.sent_ns is not None)
     instants_ns = np.array(sent, dtype=np.int64).reshape(-1, 2)
     sent_s = (instants_ns[:, 0] - start_ns) / SECOND_NS
     lag_ms = (instants_ns[:, 0] - instants_ns[:, 1]) / 1e6
@@ -109,11 +127,12 @@ def _judged(
         *poisson_checks(clock(sent_s), lag, rate, float(clock(np.array([end_s]))[0]))[:-1],
         _phase_check(np.sort(sent_s)),
         *_outcome_checks(records),
+        *more,
     )
     return LoadFidelity(
         valid=all(check.passed is not False for check in checks),
         checks=checks,
-        achieved_rate=len(sent) / end_s,
+        achieved_rate=len(sent) / (end_s - max(burst_gone_s, 0.0)),
         lag_p50_ms=float(p50),
         lag_p99_ms=float(p99),
         lag_max_ms=float(longest),
@@ -160,6 +179,18 @@ def _schedule_check(
         threshold=0.0,
         meaning="arrivals that differ from the Poisson schedule of the run's rate and seed; if any "
         "do, records are missing or damaged or another schedule was driven: repeat the run",
+    )
+
+
+def _burst_check(gone_s: float, warmup_s: float) -> FidelityCheck:
+    """Three of the longest residences are left for the wave of the burst to fade: it may take one."""
+    return FidelityCheck(
+        name="burst",
+        passed=gone_s <= warmup_s / 3,
+        statistic=gone_s,
+        threshold=warmup_s / 3,
+        meaning="seconds until the last request of the burst was sent; if it is longer, the run was "
+        "not full from its start: give the client cores of its own",
     )
 
 

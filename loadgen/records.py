@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 Outcome = Literal["completed", "rejected", "timed_out", "failed", "unfinished"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
+Start = Literal["empty", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,8 @@ class RequestRecord:
 class Run:
     """One run of an experiment as planned: Poisson arrivals at one rate from one seed.
 
-    Statistics use [warmup_s, horizon_s); the load itself covers [0, horizon_s).
+    Statistics use [warmup_s, horizon_s); the load itself covers [0, horizon_s). A run may start full:
+    then ``preload`` requests are sent at once at its beginning, before the Poisson arrivals.
     """
 
     id: str
@@ -61,6 +63,12 @@ class Run:
     horizon_s: float
     warmup_s: float
     seed: int
+    preload: int = 0
+    """Requests of the burst at the beginning; 0: the run starts empty."""
+
+    @property
+    def start(self) -> Start:
+        return "full" if self.preload else "empty"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

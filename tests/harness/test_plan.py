@@ -4,8 +4,9 @@ import pytest
 
 from analysis.critical_rate import predict
 from analysis.engine import EngineLimits
+from analysis.evidence import variance_ratio
 from analysis.step_time import StepTime, exact_step_time
-from harness.plan import make_plan
+from harness.plan import Plan, StartOption, least_excess, make_plan, preload_size
 from loadgen.workload import uniform
 
 WORKLOAD = uniform((16, 112), (16, 112))
@@ -18,7 +19,13 @@ PREDICTION = predict(
 )
 
 
-def plan(*loads: float, horizon_s: float | None = None, most_s: float = 600.0, seed: int = 1):
+def plan(
+    *loads: float,
+    horizon_s: float | None = None,
+    most_s: float = 600.0,
+    seed: int = 1,
+    start: StartOption = "empty",
+) -> Plan:
     return make_plan(
         PREDICTION,
         PREDICTION,
@@ -29,6 +36,7 @@ def plan(*loads: float, horizon_s: float | None = None, most_s: float = 600.0, s
         theta=0.1,
         seed=seed,
         prediction_digest="d",
+        start=start,
     )
 
 
@@ -54,3 +62,40 @@ def test_runs_have_their_own_ids_and_seeds_and_a_warm_up_of_three_residences() -
 
 def test_a_stated_horizon_is_kept() -> None:
     assert [r.horizon_s for r in plan(0.85, 1.2, horizon_s=40.0).runs] == [40.0, 40.0]
+
+
+def test_pairs_stand_below_the_predicted_rate_alone_and_have_seeds_of_their_own() -> None:
+    both = plan(0.7, 0.85, 1.15, start="both")
+    assert [r.start for r in both.runs] == ["empty", "full", "empty", "full", "empty"]
+    assert len({r.id for r in both.runs}) == len({r.seed for r in both.runs}) == 5
+    for empty, full in (both.runs[:2], both.runs[2:4]):
+        assert empty.arrival_rate == full.arrival_rate
+        assert full.id.endswith("-full")
+    assert [r.start for r in plan(0.85, 1.15, start="full").runs] == ["full", "full"]
+    offered = sum(r.horizon_s * r.arrival_rate for r in both.runs)
+    assert both.requests == pytest.approx(offered + both.runs[1].preload + both.runs[3].preload)
+
+
+@pytest.mark.parametrize("load", [0.7, 0.85, 0.95])
+def test_a_full_start_outlasts_its_wave_and_chance(load: float) -> None:
+    empty, full = plan(load, start="both").runs
+    assert full.warmup_s == empty.warmup_s >= 3 * 112 * 0.02 - 0.01
+    rate = PREDICTION.critical_rate.value
+    spread = variance_ratio(WORKLOAD)
+    assert full.preload >= 10 * PREDICTION.running
+    assert full.preload >= 4 * (rate * spread * full.horizon_s) ** 0.5
+    # While the warm-up lasts, no more leaves than the server can serve.
+    assert full.preload > (1 - load) * rate * full.warmup_s
+
+
+def test_a_burst_is_ten_memories_or_four_deviations() -> None:
+    running, rate = PREDICTION.running, PREDICTION.critical_rate.value
+    assert preload_size(PREDICTION, 1.0, 1.5) == -(-10 * running // 1)
+    assert preload_size(PREDICTION, 1e6, 1.5) == -(-4 * (rate * 1.5 * 1e6) ** 0.5 // 1)
+
+
+def test_a_run_at_the_predicted_rate_has_the_power_of_the_least_excess() -> None:
+    at, off = plan(1.0, most_s=1e4), plan(1.0 + least_excess(0.1), most_s=1e4)
+    assert at.power == pytest.approx(off.power, abs=0.02)
+    requests = [run.arrival_rate * (run.horizon_s - run.warmup_s) for run in (*at.runs, *off.runs)]
+    assert requests[0] == pytest.approx(requests[1], rel=0.01)

@@ -310,6 +310,24 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert store.run_ids() == [RUN.id]
 
 
+def test_a_run_of_an_older_folder_started_empty(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "x")
+    full = replace(RUN, id="full", preload=50)
+    for run in (RUN, full):
+        store.begin_run(run, 1_000, "2026-01-01T00:00:00+00:00", "abc")
+        for name in ("requests", "engine"):
+            with store.stream(run.id, name):
+                pass
+        store.end_run(run.id, 2_000, "horizon")
+    head = store.path / "runs" / RUN.id / "run.json"
+    data = json.loads(head.read_text())
+    del data["run"]["preload"]
+    head.write_text(json.dumps(data))
+    assert store.read_run(RUN.id).run == RUN
+    assert store.read_run(RUN.id).run.start == "empty"
+    assert store.read_run("full").run == full
+
+
 def test_a_run_that_was_cut_off(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "x")
     written_run(store, end=False)

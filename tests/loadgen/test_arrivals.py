@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadgen.arrivals import evenly_spaced, gamma, poisson, schedule_ns, shard
+from loadgen.arrivals import evenly_spaced, gamma, poisson, run_arrivals, schedule_ns, shard
+from loadgen.records import Run
 
 
 def bursty(rate, horizon_s, seed):
@@ -116,3 +117,12 @@ def test_schedule_in_nanoseconds_is_relative_to_the_start():
 def test_impossible_loads_are_refused(call, name):
     with pytest.raises(ValueError, match=f"{name} must be positive"):
         call()
+
+
+@pytest.mark.parametrize("preload", [0, 1, 250])
+def test_a_run_from_full_has_its_burst_before_the_same_poisson_arrivals(preload):
+    run = Run(id="r", arrival_rate=20.0, horizon_s=30.0, warmup_s=1.0, seed=4, preload=preload)
+    instants = run_arrivals(run)
+    assert run.start == ("full" if preload else "empty")
+    assert (instants[:preload] == 0.0).all()
+    assert np.array_equal(instants[preload:], poisson(20.0, 30.0, 4))

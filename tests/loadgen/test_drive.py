@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from loadgen import drive as module
-from loadgen.arrivals import poisson
+from loadgen.arrivals import poisson, run_arrivals
 from loadgen.client import open_session
 from loadgen.drive import drive, require_file_descriptors
 from loadgen.fidelity import fidelity
@@ -117,6 +117,21 @@ def test_three_hundred_requests_all_recorded_and_on_time():
     result = fidelity(run, records, run.horizon_s, start_ns, max_lag_ms=1000.0)
     failed = {check.name for check in result.checks if check.passed is False}
     assert not failed & {"schedule", "all sent", "rate", "rejected", "failed", "lengths"}
+
+
+def test_a_burst_goes_out_before_the_arrivals_that_follow():
+    run = Run(id="r", arrival_rate=100.0, horizon_s=2.0, warmup_s=3.0, seed=11, preload=100)
+    arrival_s = run_arrivals(run)
+    records, start_ns, left = offer(arrival_s, horizon_s=2.0, drain_s=1.0)
+    assert sorted(r.id for r in records) == list(range(len(arrival_s)))
+    assert {r.outcome for r in records} == {"completed"}
+    assert left == 0
+    assert {r.scheduled_ns for r in records if r.id < 100} == {start_ns}
+    sent_ns = [r.sent_ns for r in sorted(records, key=lambda r: r.id)]
+    assert max(sent_ns[:100]) < start_ns + 1_000_000_000
+    result = fidelity(run, records, run.horizon_s, start_ns, max_lag_ms=1000.0)
+    failed = {check.name for check in result.checks if check.passed is False}
+    assert not failed & {"schedule", "all sent", "burst", "rate", "rejected", "failed", "lengths"}
 
 
 def test_what_is_in_flight_at_the_horizon_is_unfinished_and_stopped():

@@ -225,3 +225,86 @@ def test_few_requests_are_not_tested_and_none_is_refused():
     assert failed_checks(fidelity(run, [], 20.0, START_NS)) == {"schedule"}
     with pytest.raises(ValueError, match="no load to judge"):
         fidelity(run, [], 0.0, START_NS)
+
+
+def full_run_of(seed, rate=100.0, horizon_s=12.0, preload=200):
+    return Run(
+        id="r", arrival_rate=rate, horizon_s=horizon_s, warmup_s=3.0, seed=seed, preload=preload
+    )
+
+
+def records_behind_a_burst(run, send_s=0.5, lag_ms=0.5):
+    """The burst leaves evenly over ``send_s``; what was due meanwhile leaves right after it."""
+    gone_ns = START_NS + round(send_s * 1e9)
+    burst = [
+        record(i, START_NS, lag_ms=1e3 * send_s * (i + 1) / run.preload) for i in range(run.preload)
+    ]
+    due = poisson(run.arrival_rate, run.horizon_s, run.seed)
+    later = [
+        record(run.preload + i, ns, lag_ms=max((gone_ns - ns) / 1e6, 0.0) + lag_ms)
+        for i, ns in enumerate(schedule_ns(due, START_NS).tolist())
+    ]
+    return burst + later
+
+
+def test_behind_a_burst_the_poisson_part_is_tested_as_such():
+    invalid = 0
+    for seed in range(60):
+        run = full_run_of(seed)
+        result = fidelity(run, records_behind_a_burst(run), run.horizon_s, START_NS)
+        invalid += not result.valid
+        assert result.lag_max_ms == pytest.approx(0.5)
+        assert result.achieved_rate == pytest.approx(100.0, rel=0.2)
+    # Six checks at LEVEL: 0.04 expected; more than 1 has probability 6e-4.
+    assert invalid <= 1
+
+
+def defective(run, defect, lag_ms=0.5):
+    rng = np.random.default_rng([run.seed, 1])
+    instants = defect(poisson(run.arrival_rate, run.horizon_s, run.seed), 100.0, 12.0, rng)
+    sent = schedule_ns(np.sort(instants), START_NS).tolist()
+    honest = records_behind_a_burst(run)
+    later = [
+        record(r.id, r.scheduled_ns, lag_ms=(ns - r.scheduled_ns) / 1e6)
+        for r, ns in zip(honest[run.preload :], sent, strict=False)
+    ]
+    return honest[: run.preload] + later
+
+
+@pytest.mark.parametrize("defect", [caught_up_in_bursts, slow])
+def test_a_poisson_part_that_is_none_is_caught_behind_a_burst(defect):
+    for seed in range(20):
+        run = full_run_of(seed)
+        result = fidelity(run, defective(run, defect), run.horizon_s, START_NS, max_lag_ms=1e6)
+        assert not result.valid
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda run, records: records[1:], "schedule"),
+        (lambda run, records: [*records, record(9999, START_NS)], "schedule"),
+        (lambda run, records: records_behind_a_burst(run, send_s=1.5), "burst"),
+        (lambda run, records: records_behind_a_burst(run, lag_ms=40.0), "send lag"),
+        (
+            lambda run, records: [
+                record(0, START_NS, sent_ns=None, outcome="unfinished"),
+                *records[1:],
+            ],
+            "all sent",
+        ),
+    ],
+)
+def test_a_burst_is_part_of_the_offered_load(change, check):
+    run = full_run_of(3)
+    records = change(run, records_behind_a_burst(run))
+    assert check in failed_checks(fidelity(run, records, run.horizon_s, START_NS))
+
+
+def test_a_run_from_empty_has_no_place_for_a_burst():
+    run = full_run_of(3)
+    records = records_behind_a_burst(run)
+    empty = run_of(3, horizon_s=12.0)
+    assert "schedule" in failed_checks(fidelity(empty, records, 12.0, START_NS))
+    later = records[run.preload :]
+    assert "schedule" in failed_checks(fidelity(run, later, 12.0, START_NS))
