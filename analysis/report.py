@@ -29,6 +29,7 @@ from analysis.report_tables import (
     fidelity_table,
     from_paper_table,
     identity_table,
+    near_critical_table,
     numbers_table,
     others_table,
     record_tables,
@@ -194,6 +195,7 @@ def _tables(verdict: Verdict) -> list[Table]:
     tables = [
         numbers_table(verdict),
         runs_table(verdict.runs),
+        *([near_critical_table(verdict.near_critical)] if verdict.near_critical else []),
         assumed_table(verdict),
         checks_table("Premises of the claim", verdict.premises, PREMISES_NOTE),
         checks_table("Audit", verdict.audit, AUDIT_NOTE),

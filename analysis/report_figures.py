@@ -12,9 +12,11 @@ from analysis import figures
 from analysis.figure_style import run_colors
 from analysis.figures import Pair
 from analysis.figures_of_rates import drift_against_rate, forest
+from analysis.figures_of_settling import queue_at_critical
 from analysis.figures_of_steps import step_time_figure
 from analysis.formatting import percent
 from analysis.frames import RunFrames
+from analysis.settling import NEAR, Settling
 from analysis.verdict import Verdict
 
 
@@ -43,6 +45,9 @@ def figure_groups(verdict: Verdict, runs: Sequence[RunFrames]) -> list[FigureGro
     groups = [_rates(verdict)]
     if pairs:
         groups += [_number_in_system(pairs), _engine(pairs), _client(pairs)]
+    near = [(by_id[found.run], found) for found in verdict.near_critical if found.run in by_id]
+    if near:
+        groups.insert(2, _near_critical(near))
     gpu = [figures.gpu_over_time(*pair) for pair in pairs]
     panels = tuple(_panel(svg) for svg in gpu if svg is not None)
     if panels:
@@ -94,6 +99,17 @@ def _number_in_system(pairs: Sequence[Pair]) -> FigureGroup:
         "drift's interval."
     )
     return FigureGroup("Number in system", caption, tuple(panels), wide=True)
+
+
+def _near_critical(near: Sequence[tuple[RunFrames, Settling]]) -> FigureGroup:
+    caption = (
+        f"Requests waiting in runs within {percent(NEAR, None)} of the measured critical rate, from the "
+        "end of the warm-up on. Grey: sigma √t, and below 1.96 sigma √t the range in which an exactly "
+        "critical queue is in 95 % of runs. Red: the mean queue by the measured rate and its interval; "
+        "it tends to growth by d t above critical, to sigma² / 2|d| below."
+    )
+    panels = tuple(_panel(queue_at_critical(frames, found)) for frames, found in near)
+    return FigureGroup("At the critical rate", caption, panels, wide=True)
 
 
 def _engine(pairs: Sequence[Pair]) -> FigureGroup:

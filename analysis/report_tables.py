@@ -21,6 +21,7 @@ from analysis.formatting import (
     seconds,
     value_text,
 )
+from analysis.settling import BOUNDED_BELOW, LINEAR_ABOVE, NEAR, Settling
 from analysis.verdict import Check, NamedEstimate, RunJudgement, Verdict
 
 NO_GAP = "none"
@@ -95,6 +96,8 @@ RUN_ROWS: tuple[str | RunRow, ...] = (
     "Growth",
     ("verdict", lambda r: r.text),
     ("drift of N(t)", lambda r: estimate_text(r.drift)),
+    ("drift, error by HAC", lambda r: _checked(r, "HAC")),
+    ("drift, error of a diffusion", lambda r: _checked(r, "end point")),
     ("stable needs a drift below", lambda r: plain(r.stable_below, "req/s")),
     ("window of the statistics", lambda r: f"{plain(r.warmup_s)} to {plain(r.end_s)} s"),
     "Requests",
@@ -133,6 +136,40 @@ def runs_table(runs: Sequence[RunJudgement]) -> Table:
         "stated limit, over the stated window and for no longer."
         if runs
         else "No run was judged.",
+    )
+
+
+def near_critical_table(runs: Sequence[Settling]) -> Table:
+    """One row for each run at nearly the critical rate: how its queue grows, and by what."""
+    rows = [
+        (
+            run.run,
+            run.answer,
+            run.distance_text,
+            estimate_text(run.departure),
+            f"{grouped(run.queue.begin)}, {grouped(run.queue.end)}, {grouped(run.queue.highest)}",
+            grouped(run.wandering),
+            run.text,
+        )
+        for run in runs
+    ]
+    return Table(
+        "At the critical rate",
+        (
+            "run",
+            "answer",
+            "offered",
+            "d T / sigma √T",
+            "waiting: begin, end, most",
+            "sigma √T",
+            "what it did",
+        ),
+        tuple(rows),
+        f"Runs within {percent(NEAR, None)} of the measured critical rate. d is the offered rate less "
+        "the measured one, T the window after the warm-up, sigma² the critical rate times ca² + cd². "
+        f"The interval of d T / sigma √T decides: bounded below {BOUNDED_BELOW:.2f} (five relaxation "
+        f"times), as at critical within ±{LINEAR_ABOVE:.0f}, growing like t above; a queue that this "
+        "makes in less than 1 of 100 runs is no answer.",
     )
 
 
@@ -266,6 +303,10 @@ def _is_list_of_records(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(v, Mapping) and v and set(v) == set(value[0]) for v in value)
     )
+
+
+def _checked(run: RunJudgement, name: str) -> str:
+    return estimate_text(next((c.estimate for c in run.drift_checks if c.name == name), None))
 
 
 def _list_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:

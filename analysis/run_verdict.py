@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.audit import Saturation, saturation, step_time
+from analysis.audit import Saturation, binding_resource, saturation, step_time
+from analysis.branches import Judged, judge_from_full
+from analysis.capacity import (
+    CAPACITY_BATCHES,
+    backlogged_window,
+    capacity_by_count,
+    capacity_by_regression,
+    capacity_by_work,
+)
 from analysis.estimate import Estimate
 from analysis.evidence import (
     OVERRUN_LIMIT,
@@ -16,19 +24,23 @@ from analysis.evidence import (
     variance_ratio,
     work_demand,
 )
+from analysis.frames import RunFrames
 from analysis.growth import (
-    CAPACITY_BATCHES,
-    backlogged_window,
-    capacity_by_count,
-    capacity_by_work,
+    GROWTH_LEVEL,
     critical_excursion,
     drift,
+    drift_by_end_point,
+    drift_by_hac,
+    why_no_slope,
 )
-from analysis.verdict import RunJudgement, RunVerdict
+from analysis.verdict import NamedEstimate, RunJudgement, RunVerdict
+from analysis.warm_up import warm_up_warning
 
 MIN_BACKLOG_RESIDENCES = 5.0
 """A capacity is read from at least so many mean residence times of unbroken backlog."""
-GROWTH_LEVEL = 0.95
+BATCH_RESIDENCES = 2.0
+"""A batch lasts at least so many (theory.md 6.3), unless fewer than `MIN_BATCHES` would be left."""
+MIN_BATCHES = 5
 
 
 def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
@@ -36,7 +48,8 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
 
     Stable: the upper 95 % bound of the drift is below X = theta/2 of the offered rate, half the drift
     of a server whose critical rate lay theta below it. Unstable: the lower 95 % bound is above 0 and
-    the growth exceeds what exactly critical load makes in 95 % of runs.
+    the growth exceeds what exactly critical load makes in 95 % of runs. A run that started full is
+    judged while its backlog lasts: `judge_from_full`.
     """
     frames = run.frames
     start_s, end_s = frames.run.warmup_s, frames.end_s
@@ -48,10 +61,20 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
     text = "too short to say"
     growth = Estimate(math.nan, math.nan, math.nan, 0.90, "req/s", "not measured: run too short")
     mean_step = None
+
+    def judged(from_s: float, until_s: float) -> Judged:
+        if (reason := why_no_slope(frames, from_s, until_s)) is not None:
+            return growth, "inconclusive", f"too short to say: {reason}"
+        seen = drift(frames, from_s, until_s)
+        return seen, *_stability(seen, until_s - from_s, stable_below, evidence)
+
+    if enough and frames.run.preload:
+        start_s, end_s, (growth, verdict, text) = judge_from_full(frames, start_s, end_s, judged)
+        observed = engine[engine["t_s"].between(start_s, end_s)]
+    elif enough:
+        growth, verdict, text = judged(start_s, end_s)
     if enough:
-        growth = drift(frames, start_s, end_s)
         mean_step = step_time(frames, start_s, end_s)
-        verdict, text = _stability(growth, end_s - start_s, stable_below, evidence)
     if not run.valid:
         verdict, text = "invalid", _why_invalid(run)
     arrived = requests["scheduled_s"].between(start_s, end_s)
@@ -80,7 +103,9 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
         pace=run.pace,
         ttft_p50_s=float(np.quantile(ttft, 0.50, method="lower")) if len(ttft) else math.nan,
         ttft_p95_s=float(np.quantile(ttft, 0.95, method="lower")) if len(ttft) else math.nan,
-        warnings=run.warnings,
+        warnings=(*run.warnings, *_warm_up(frames)),
+        drift_checks=drift_checks(frames, start_s, end_s, evidence),
+        start=frames.run.start,
         **columns,
     )
 
@@ -101,6 +126,33 @@ def _stability(
     return "inconclusive", "cannot say: neither growth nor its absence is certain"
 
 
+def drift_checks(
+    frames: RunFrames, start_s: float, end_s: float, evidence: Evidence
+) -> tuple[NamedEstimate, ...]:
+    """The same slope with its error from two other models; none where no slope is taken."""
+    if why_no_slope(frames, start_s, end_s) is not None:
+        return ()
+    diffusion = drift_by_end_point(frames, start_s, end_s, variance_ratio(evidence.workload))
+    return (
+        NamedEstimate(
+            name="HAC",
+            estimate=drift_by_hac(frames, start_s, end_s),
+            note="beside batch means, which decide",
+        ),
+        NamedEstimate(
+            name="end point",
+            estimate=diffusion,
+            note="too wide for a stable queue",
+        ),
+    )
+
+
+def _warm_up(frames: RunFrames) -> tuple[str, ...]:
+    """A warm-up that the departures found too short. A burst is a transient of its own: not asked."""
+    warning = None if frames.run.preload else warm_up_warning(frames)
+    return () if warning is None else (warning,)
+
+
 def _why_invalid(run: MeasuredRun) -> str:
     failed = [c.name for c in run.fidelity.checks if c.passed is False]
     if run.overrun is not None and run.overrun > OVERRUN_LIMIT:
@@ -118,6 +170,7 @@ class Capacity:
     saturated: Saturation
     by_work: Estimate
     by_count: Estimate
+    by_regression: Estimate
 
 
 def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
@@ -132,12 +185,18 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     saturated = saturation(run.frames, window, evidence.limits, evidence.workload)
     if saturated is None:
         return None
-    demand = evidence.workload.mean(work_demand(evidence.workload))
+    # Work is counted in what is short: which that is, occupancy tells, never a rate of service.
+    binds = binding_resource(saturated, evidence.limits)
+    unit = "kv_cache" if binds == "unknown" else binds
+    demand = evidence.workload.mean(work_demand(evidence.workload, unit))
+    kv_demand = evidence.workload.mean(work_demand(evidence.workload))
     # A request's work is spread over its residence: shorter batches would not be independent.
-    batches = min(CAPACITY_BATCHES, int(window.duration_s / residence_s))
+    residences = window.duration_s / residence_s
+    batches = max(MIN_BATCHES, min(CAPACITY_BATCHES, int(residences / BATCH_RESIDENCES)))
     return Capacity(
         run,
         saturated,
-        capacity_by_work(run.frames, window, demand, batches),
+        capacity_by_work(run.frames, window, demand, batches, unit),
         capacity_by_count(run.frames, window, batches),
+        capacity_by_regression(run.frames, window, kv_demand, batches),
     )

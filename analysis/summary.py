@@ -46,6 +46,9 @@ def summary(verdict: Verdict) -> Text:
     _entry(text, label, "server", [verdict.mode])
     _runs(text, label, verdict.runs)
     _entry(text, label, "measured", _measured(verdict))
+    for near in verdict.near_critical:
+        parts = [near.answer, near.distance_text, near.text]
+        _entry(text, label, f"at {load_label(near.load)}", parts)
     if verdict.predictions:
         _entry(text, label, "beside it", _beside(verdict))
     if verdict.from_paper:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from analysis.estimate import Estimate
 from analysis.pace import Pace
-from loadgen.records import LoadFidelity
+from analysis.settling import Settling
+from loadgen.records import LoadFidelity, Start
 
 Outcome = Literal["confirmed", "refuted", "inconclusive", "premise_violated", "invalid"]
 EXIT_CODES: dict[str, int] = {
@@ -18,6 +19,18 @@ EXIT_CODES: dict[str, int] = {
     "invalid": 13,
 }
 RunVerdict = Literal["stable", "unstable", "inconclusive", "invalid"]
+
+
+def agreement(share: Estimate, theta: float) -> Literal["inside", "outside", "open"]:
+    """Measured over predicted against the band [1 - theta, 1 + theta].
+
+    "inside": the 90 % interval lies in it, an equivalence test at 5 %; "outside": the 95 % interval
+    does not touch it.
+    """
+    inner, outer = share.at_level(0.90), share.at_level(0.95)
+    if inner.low >= 1 - theta and inner.high <= 1 + theta:
+        return "inside"
+    return "outside" if outer.low > 1 + theta or outer.high < 1 - theta else "open"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +66,10 @@ class RunJudgement:
     ttft_p50_s: float
     ttft_p95_s: float
     warnings: tuple[str, ...] = ()
+    drift_checks: tuple[NamedEstimate, ...] = ()
+    """The drift with its error by other estimators: none of them decides."""
+    start: Start = "empty"
+    """Before the Poisson arrivals a full start sends a burst, see `Run`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +126,7 @@ class Verdict:
     """Every other predictor, beside the claim."""
     measured: Estimate | None
     measurements: tuple[NamedEstimate, ...]
-    """The same rate by other estimators: counting, hinge."""
+    """The same rate by other estimators: counting, regression, hinge."""
     ratio: Estimate | None
     gap: float | None
     """|predicted - measured| / measured."""
@@ -121,6 +138,8 @@ class Verdict:
     identity: tuple[NamedEstimate, ...]
     """The three factors of measured/predicted: occupancy, step time, work not wasted."""
     table: tuple[AssumedObserved, ...]
+    near_critical: tuple[Settling, ...] = ()
+    """How the queue of each run within 5 % of the measured critical rate grows; empty without any."""
     warnings: tuple[str, ...] = ()
 
     @property

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.audit import binding_resource
+from analysis.capacity import HingePoint, hinge
 from analysis.estimate import Estimate, combined, ratio
 from analysis.evidence import Evidence
-from analysis.growth import HingePoint, hinge
 from analysis.identity import Identity
 from analysis.prediction import Prediction
 from analysis.run_verdict import Capacity
@@ -100,12 +100,21 @@ def _engine_note(prediction: Prediction) -> str:
 def other_measurements(
     judgements: Sequence[RunJudgement], capacities: Sequence[Capacity]
 ) -> tuple[NamedEstimate, ...]:
-    """The critical rate by counting completions and by the hinge over all valid runs."""
+    """The critical rate by counting, by regression, and by the hinge over all valid runs."""
     found: list[NamedEstimate] = []
     counted = combined([c.by_count for c in capacities])
     if counted is not None:
         found.append(
             NamedEstimate(name="by count", estimate=counted, note="completions under backlog")
+        )
+    regressed = combined([c.by_regression for c in capacities])
+    if regressed is not None:
+        found.append(
+            NamedEstimate(
+                name="by regression",
+                estimate=regressed,
+                note="counting, with the lengths served and the realised arrivals as control variates",
+            )
         )
     points = [
         HingePoint(j.realised_rate, j.drift.value, j.drift.standard_error)
