@@ -75,6 +75,11 @@ class EngineLimits:
             return None
         return self.max_num_batched_tokens or self.pool_tokens
 
+    @property
+    def mixed_budget(self) -> int | None:
+        """Tokens of a step that decodes and prompts share; None where they do not, or if unknown."""
+        return self.max_num_batched_tokens if self.sglang is None else None
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> EngineLimits:
         """The inverse of `dataclasses.asdict`."""

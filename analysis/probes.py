@@ -26,6 +26,8 @@ SHORT_PROMPT = 8
 BUDGET_STEPS = 48
 """A burst of prompts lasts so many steps if the token budget were what the load needs per step."""
 MAX_PROBE_REQUESTS = 400
+BUDGET_SHARE = 0.9
+"""Of a token budget, which probes find to a few percent, prompts and decodes take so much of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +49,16 @@ class Probe:
     def requests(self) -> int:
         return self.count + self.prompts
 
+    def in_one_step(self, budget: int | None) -> bool:
+        """Does each prompt fit one step beside the decodes? With a token budget or without one."""
+        return budget is None or self.count + self.prompt_length <= budget
+
 
 def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     """Probes whose tokens, KV and running requests differ, sized by the pool and the workload.
 
     "short" is large enough to meet a ``max_num_seqs`` that would bind before the KV cache, "burst" to
-    meet such a token budget.
+    meet such a token budget. Prompts beside decodes fit a known token budget.
     """
     s, o = workload.prompt_tokens, workload.output_tokens
     chunk = int(s.max())
@@ -75,6 +81,10 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     medium_prompt = int(FILL / 2 * limits.num_blocks / some) * limits.block_size - crowded
     needed_tokens = per_step * workload.mean(s + o - 1)
     beside = max(SHORT_PROMPT, round(min(5 * needed_tokens, longest - 2, 0.2 * limits.pool_tokens)))
+    small = max(SHORT_PROMPT, beside // 3)
+    if limits.mixed_budget is not None:
+        room = int(BUDGET_SHARE * limits.mixed_budget)
+        beside, small = min(beside, room - 1), max(1, min(small, room - few))
     burst = round(min(max(32.0, needed_tokens / 4), longest - 2))
     return [
         batch("alone", SHORT_PROMPT, decode, 1),
@@ -92,7 +102,7 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
         replace(
             batch("small prompts", mean_prompt, crowded, few),
             prompts=max(1, crowded // 4),
-            prompt_length=max(SHORT_PROMPT, beside // 3),
+            prompt_length=small,
         ),
         Probe(
             name="burst",

@@ -103,6 +103,8 @@ async def calibrate(
                 share = (round_index + done / len(probes)) / max(REPEATS, round_index + 1)
                 progress(probe.name, share)
                 results.append(await prober.run(probe, seed + 100 * round_index))
+            if round_index == 0:
+                probes = design_probes(workload, _met(results, limits))
             if round_index + 1 >= REPEATS and good_enough(fitted(results, limits), enough):
                 break
     finally:
@@ -142,11 +144,22 @@ def _ceilings(
     return sequences, budget, (sequence_note, budget_note)
 
 
+def _met(results: Sequence[ProbeResult], limits: EngineLimits) -> EngineLimits:
+    """``limits`` with the token budget that a burst met, so that further prompts fit it."""
+    found = limits.max_num_batched_tokens or _ceilings(results, limits)[1]
+    return replace(limits, max_num_batched_tokens=found)
+
+
 def _observed(
     results: Sequence[ProbeResult], limits: EngineLimits
 ) -> list[tuple[ProbeResult, StepObservation]]:
     """Each probe that decoded undisturbed, and what its tokens' times say."""
-    decoding = [r for r in results if r.probe.output_tokens > 1 and not r.preemptions]
+    budget = _met(results, limits).mixed_budget
+    decoding = [
+        r
+        for r in results
+        if r.probe.output_tokens > 1 and not r.preemptions and r.probe.in_one_step(budget)
+    ]
     try:
         return [
             (r, replace(step_observation(r.records, limits.prefill_chunk), probe=r.probe.name))
