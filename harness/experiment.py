@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import yaml
 from rich.markup import escape
 
 from analysis.calibration_lines import pool_differs, pool_text
-from analysis.evidence import Evidence
 from analysis.judge import judge
 from analysis.prediction import Prediction
 from analysis.summary import summary
@@ -22,7 +22,7 @@ from harness.engines import MissingMetric
 from harness.environment import environment
 from harness.gpu import GpuReader, NoGpu, open_gpus
 from harness.offer import Stage, most_in_flight, offer
-from harness.plan import Plan, make_plan
+from harness.plan import Plan, StartOption, least_excess, make_plan
 from harness.predict import narrow_enough, predictions
 from harness.sampler import ServerGone
 from harness.saturated import calibration_record
@@ -30,6 +30,7 @@ from harness.server import ServerFailed, url_is_loopback
 from harness.store import INPUTS, Store
 from harness.target import Target, assumptions, require_fitting, target_server
 from loadgen.drive import TooFewFileDescriptors, require_file_descriptors
+from loadgen.records import Run
 from loadgen.workload import Workload
 
 MAX_EXTRA_RUNS = 3
@@ -54,24 +55,16 @@ async def run_experiment(
         require_fitting(workload, target.limits)
         for line in assumptions(target.shown, config):
             display.say(f"note        {line}")
-        calibration = await calibrated(config, target, workload, display, store)
-        record = calibration_record(config, workload, target.limits, calibration)
-        store.write_json("calibration.json", record)
-        if pool_differs(record):
-            display.say(escape(f"warning     KV pool: {pool_text(record)}"))
-        limits = calibration.limits(target.limits)
-        store.write_json("limits.json", {"shown": target.shown, "used": limits})
-        prediction = predictions(config, workload, limits, calibration.fit, "P1")
-        prediction["made_from"] = {name: store.digest(name) for name in INPUTS}
-        store.write_json("prediction.json", prediction)
+        prediction, _ = await predicted(config, target, workload, display, store)
         claim = Prediction.from_dict(prediction["claim"])
         digest = store.digest("prediction.json")
         engine = Prediction.from_dict(prediction["engine"])
-        plan = _plan(config, workload, claim, engine, digest, config.load.rates)
+        load = config.load
+        plan = _plan(config, workload, claim, engine, digest, load.rates, load.start)
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
         for run in plan.runs:
-            arrivals = round(run.arrival_rate * run.horizon_s)
+            arrivals = run.preload + round(run.arrival_rate * run.horizon_s)
             require_file_descriptors(most_in_flight(arrivals, run, claim.critical_rate.value))
         if plan_only:
             return None
@@ -127,10 +120,31 @@ def write_inputs(config: ExperimentConfig, store: Store) -> None:
     store.write_json("environment.json", environment())
 
 
+async def predicted(
+    config: ExperimentConfig, target: Target, workload: Workload, display: Display, store: Store
+) -> tuple[dict[str, Any], int]:
+    """Calibrate and predict: limits.json, calibration.json and prediction.json are written.
+
+    What is returned is prediction.json, and the requests that the probes sent. Raises ConfigError
+    where the claim has no prediction, and what `harness.calibrate.calibrate` raises.
+    """
+    calibration = await calibrated(config, target, workload, display, store)
+    record = calibration_record(config, workload, target.limits, calibration)
+    store.write_json("calibration.json", record)
+    if pool_differs(record):
+        display.say(escape(f"warning     KV pool: {pool_text(record)}"))
+    limits = calibration.limits(target.limits)
+    store.write_json("limits.json", {"shown": target.shown, "used": limits})
+    prediction = predictions(config, workload, limits, calibration.fit, "P1")
+    prediction["made_from"] = {name: store.digest(name) for name in INPUTS}
+    store.write_json("prediction.json", prediction)
+    return prediction, sum(probe.requests for probe in calibration.probes)
+
+
 async def calibrated(
     config: ExperimentConfig, target: Target, workload: Workload, display: Display, store: Store
 ) -> Calibration:
-    """Probes until the prediction's 90 % interval is narrower than half the band of agreement."""
+    """Probes until the prediction's 90 % interval is narrower than two fifths of the band."""
     return await calibrate(
         target.session,
         target.url,
@@ -153,6 +167,7 @@ def _plan(
     engine: Prediction,
     digest: str,
     loads: tuple[float, ...],
+    start: StartOption,
     first_index: int = 0,
 ) -> Plan:
     return make_plan(
@@ -166,6 +181,7 @@ def _plan(
         seed=config.load.seed,
         prediction_digest=digest,
         first_index=first_index,
+        start=start,
     )
 
 
@@ -178,9 +194,23 @@ def _announce(prediction: Prediction, plan: Plan, display: Display) -> None:
     for run, power in zip(plan.runs, plan.power, strict=True):
         display.say(
             f"plan        {run.arrival_rate:.4g} req/s for {run.horizon_s:.0f} s, "
-            f"{run.arrival_rate * run.horizon_s:.0f} requests, power {100 * power:.0f} %"
+            f"{run.arrival_rate * run.horizon_s:.0f} requests{_burst(run)}, power {100 * power:.0f} %"
+            + _of_what(run, prediction, plan.theta)
         )
     display.say(f"            {plan.duration_s / 60:.1f} minutes, {plan.requests:.0f} requests")
+
+
+def _burst(run: Run) -> str:
+    return f" behind a burst of {run.preload}" if run.preload else ""
+
+
+def _of_what(run: Run, prediction: Prediction, theta: float) -> str:
+    """At nearly the predicted rate no answer is the right one: what the power is the power of."""
+    rate, least = prediction.critical_rate.value, least_excess(theta)
+    if abs(run.arrival_rate / rate - 1) >= least:
+        return ""
+    side = "higher" if run.arrival_rate < rate else "lower"
+    return f" if the critical rate is {100 * least:.3g} % {side}"
 
 
 # -- the load ------------------------------------------------------------------------------------
@@ -193,7 +223,7 @@ async def _drive_all(stage: Stage, plan: Plan) -> None:
         await offer(stage, run, plan.prediction_digest, countdown)
     for _ in range(MAX_EXTRA_RUNS if stage.config.load.extend else 0):
         evidence = load_evidence(stage.store)
-        load = outside(evidence)
+        load = outside(judge(evidence))
         if load is None:
             return
         more = _plan(
@@ -203,6 +233,7 @@ async def _drive_all(stage: Stage, plan: Plan) -> None:
             evidence.engine,
             plan.prediction_digest,
             (load,),
+            "full" if stage.config.load.start == "full" else "empty",
             len(plan.runs),
         )
         stage.display.say(
@@ -213,20 +244,18 @@ async def _drive_all(stage: Stage, plan: Plan) -> None:
         await offer(stage, more.runs[0], plan.prediction_digest, Countdown(more.duration_s))
 
 
-def outside(evidence: Evidence) -> float | None:
+def outside(verdict: Verdict) -> float | None:
     """The load to try next when the critical rate lies outside the rates tried, else None.
 
     Above all rates when no queue stayed; below all rates when none was stable.
     """
-    verdict = judge(evidence)
     valid = [run for run in verdict.runs if run.verdict != "invalid"]
     if not valid:
         return None
-    predicted = evidence.prediction.critical_rate.value
     if verdict.measured is None:
         highest = max(run.load for run in valid)
         return 1.5 * highest if highest < 4 else None
-    critical_load = verdict.measured.value / predicted
+    critical_load = verdict.measured.value / verdict.predicted.value
     below = [r for r in valid if r.load < critical_load]
     if not any(r.verdict == "stable" for r in below):
         candidate = 0.85 * critical_load

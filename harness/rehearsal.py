@@ -6,34 +6,57 @@ block size, its model length, the times of its tokens with a client's jitter, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.engine import EngineLimits
 from analysis.evidence import Evidence, MeasuredRun
-from analysis.frames import run_frames
 from analysis.judge import judge
 from analysis.prediction import Prediction
 from analysis.probe_readings import step_observation
 from analysis.probes import Probe, design_probes
 from analysis.simulate import simulate
-from analysis.step_time import StepObservation, StepTimeFit, fit_step_time
+from analysis.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
 from analysis.verdict import Verdict
 from analysis.waterfall import Mechanism
 from harness.calibrate import MAX_REPEATS, REPEATS, good_enough
 from harness.config import ExperimentConfig
-from harness.mock_config import MockServerConfig
 from harness.plan import make_plan
 from harness.predict import narrow_enough, predictions
-from loadgen.arrivals import poisson
+from loadgen.arrivals import run_arrivals
 from loadgen.fidelity import fidelity
-from loadgen.records import RequestRecord, Run
+from loadgen.records import LoadFidelity, RequestRecord, Run
 from loadgen.workload import Workload
 
 JITTER_S = 0.001
 """Mean of the exponential delay with which a client sees a token."""
+
+
+NOISE_STEPS = 2**16
+"""A row of noise is so long before it begins anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedServer:
+    """What a simulated server is: its rules, its step time, and the noise on that."""
+
+    limits: EngineLimits
+    law: StepTime
+    noise: float = 0.0
+    """Relative standard deviation of one step's time; log-normal, independent, of mean 1."""
+    slowdown: Callable[[Run], NDArray[np.float64]] | None = None
+    """How a run's speed drifts, see `analysis.simulate.simulate`; calibrations come before any drift."""
+
+    def step_factors(self, seed: int) -> NDArray[np.float64] | None:
+        """Noise from a seed, shape (NOISE_STEPS,); None without noise."""
+        if not self.noise:
+            return None
+        sigma = math.sqrt(math.log1p(self.noise**2))
+        return np.random.default_rng([seed, 5]).lognormal(-(sigma**2) / 2, sigma, NOISE_STEPS)
 
 
 def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
@@ -50,8 +73,9 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
             max_num_seqs=config.limits.max_num_seqs,
             max_num_batched_tokens=config.limits.max_num_batched_tokens,
         )
-    fit = calibrated(
-        mock,
+    server = SimulatedServer(mock.limits(), mock.step_time.law())
+    fit, _ = calibrated(
+        server,
         workload,
         shown,
         np.random.default_rng([seed, 99]),
@@ -69,6 +93,7 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
         theta=config.theta,
         seed=seed,
         prediction_digest="",
+        start=config.load.start,
     )
     evidence = Evidence(
         name=config.name,
@@ -81,53 +106,84 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
         simulated=None,
         limits=shown,
         workload=workload,
-        runs=tuple(offered(mock, workload, run) for run in plan.runs),
+        runs=tuple(offered(server, workload, run) for run in plan.runs),
     )
     return judge(evidence)
 
 
 def calibrated(
-    mock: MockServerConfig,
+    server: SimulatedServer,
     workload: Workload,
     shown: EngineLimits,
     rng: np.random.Generator,
     enough: Callable[[StepTimeFit], bool],
-) -> StepTimeFit:
-    """The step-time law from simulated probes, seen through a client's jitter; rounds as if live."""
+) -> tuple[StepTimeFit, int]:
+    """The step-time law from simulated probes, seen through a client's jitter; rounds as if live.
+
+    Also returned: the requests that they took.
+    """
     probes = [p for p in design_probes(workload, shown) if p.output_tokens > 1]
-    exact = [(p.name, _probed(p, mock)) for p in probes]
     observations: list[StepObservation] = []
+    exact = [] if server.noise else [_probed(p, server, 0) for p in probes]
     for done in range(1, MAX_REPEATS + 1):
-        for name, records in exact:
+        for i, probe in enumerate(probes):
+            records = exact[i] if exact else _probed(probe, server, int(rng.integers(2**32)))
             seen = step_observation(_jittered(records, rng), shown.prefill_chunk)
-            observations.append(replace(seen, probe=name))
+            observations.append(replace(seen, probe=probe.name))
         if done >= REPEATS and good_enough(fit_step_time(observations), enough):
             break
-    return fit_step_time(observations)
+    return fit_step_time(observations), done * sum(p.requests for p in probes)
 
 
-def offered(mock: MockServerConfig, workload: Workload, run: Run) -> MeasuredRun:
-    """One run against the true parameters."""
-    arrival_s = poisson(run.arrival_rate, run.horizon_s, run.seed)
+def offered(
+    server: SimulatedServer, workload: Workload, run: Run, test_load: bool = True
+) -> MeasuredRun:
+    """One run against the true parameters.
+
+    Its load is Poisson by construction: without ``test_load`` it is taken to be valid, in less time.
+    """
+    arrival_s = run_arrivals(run)
     lengths = workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
-    law = mock.step_time.law()
     simulated = simulate(
-        mock.limits(), law, arrival_s, lengths, run.horizon_s, ignore_eos=workload.ignore_eos
+        server.limits,
+        server.law,
+        arrival_s,
+        lengths,
+        run.horizon_s,
+        ignore_eos=workload.ignore_eos,
+        step_factors=server.step_factors(run.seed),
+        slowdown=None if server.slowdown is None else server.slowdown(run),
     )
-    end_ns = round(run.horizon_s * 1e9)
-    frames = run_frames(run, 0, end_ns, simulated.records, simulated.samples)
-    return MeasuredRun(frames, fidelity(run, simulated.records, run.horizon_s, 0), overrun=0.0)
+    load = LoadFidelity(
+        valid=True,
+        checks=(),
+        achieved_rate=len(arrival_s) / run.horizon_s,
+        lag_p50_ms=0.0,
+        lag_p99_ms=0.0,
+        lag_max_ms=0.0,
+    )
+    if test_load:
+        load = fidelity(run, simulated.records, run.horizon_s, 0)
+    return MeasuredRun(simulated.frames(run), load, overrun=0.0)
 
 
-def _probed(probe: Probe, mock: MockServerConfig) -> list[RequestRecord]:
-    law = mock.step_time.law()
+def _probed(probe: Probe, server: SimulatedServer, seed: int) -> list[RequestRecord]:
+    law = server.law
     lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
     lengths += [(probe.prompt_length, 1)] * probe.prompts
     # A prompt that follows another is sent when that one is answered: within every third step.
     turn_s = 2.5 * law(1, probe.prompt_tokens, 1)
     arrival_s = [0.0] * probe.count + [turn_s * (i + 1) for i in range(probe.prompts)]
     triples = np.array([(s, o, o) for s, o in lengths])
-    return simulate(mock.limits(), law, np.array(arrival_s), triples, 3600.0, 3600.0).records
+    return simulate(
+        server.limits,
+        law,
+        np.array(arrival_s),
+        triples,
+        3600.0,
+        3600.0,
+        step_factors=server.step_factors(seed),
+    ).records
 
 
 def _jittered(records: list[RequestRecord], rng: np.random.Generator) -> list[RequestRecord]:

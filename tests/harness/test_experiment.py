@@ -18,6 +18,7 @@ from harness.store import Store
 CONFIG = {
     "name": "small",
     "claim": "engine",
+    "theta": 0.2,
     "server": {
         "mock": {
             "num_blocks": 128,
