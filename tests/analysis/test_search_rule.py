@@ -12,35 +12,38 @@ from analysis.search_result import search_lines, search_result
 from analysis.search_rule import Design, Search, advance, batches, begin, capacity
 from analysis.sequential import EMPTY, Look
 from analysis.step_time import StepTime
+from harness.rehearsal import SimulatedServer
 from harness.search_rehearsal import Rehearsal, design_for, rehearse_search
 from loadgen.workload import uniform
 
 DESIGN = Design(
     precision=0.02,
     theta=0.10,
-    kv_demand=100.0,
-    output_tokens=10.0,
+    demand=(100.0, 10.0, 5.0),
     variance_ratio=1.5,
     max_rate=256.0,
     max_duration_s=300.0,
 )
 
 
+SHORT = replace(DESIGN, max_duration_s=80.0)
+
+
 def fluid(
-    serves: Callable[[float, float], float], noise: float = 0.01, seed: int = 1
+    serves: Callable[[float], float], seed: int = 1, design: Design = DESIGN, noise: float = 0.01
 ) -> tuple[Search, list[Look]]:
-    """A search on a server that serves ``serves(t, waiting)`` requests per second while one waits.
+    """A search on a server that serves ``serves(t)`` requests per second while somebody waits.
 
     Residences are 1 s; what arrives is exactly what is offered.
     """
     rng = np.random.default_rng(seed)
-    search, looks = begin(DESIGN), [EMPTY]
+    search, looks = begin(design), [EMPTY]
     arrived = served = queue = 0.0
     while search.phase != "finished":
         before = looks[-1]
         now_s = before.t_s + 0.5
         arrived += search.rate * 0.5
-        able = serves(now_s, queue) * 0.5 * (1 + noise * rng.standard_normal())
+        able = serves(now_s) * 0.5 * (1 + noise * rng.standard_normal())
         done = min(able, queue + search.rate * 0.5)
         served += done
         queue = arrived - served
@@ -52,14 +55,12 @@ def fluid(
                 waiting=int(queue),
                 waiting_least=int(min(queue, before.waiting)),
                 running=20.0,
-                kv_usage=0.99,
-                kv_work=100.0 * served,
-                token_work=10.0 * served,
+                work=(100.0 * served, 10.0 * served, 5.0 * served),
                 residence_s=1.0,
                 memory_s=1.0,
             )
         )
-        search = advance(DESIGN, search, looks)
+        search = advance(design, search, looks)
     return search, looks
 
 
@@ -75,7 +76,7 @@ def phases(looks: list[Look]) -> list[str]:
 
 @pytest.mark.parametrize("rate", [0.3, 3.0, 40.0, 200.0])
 def test_a_steady_server_is_found_within_the_precision(rate: float):
-    search, looks = fluid(lambda _, __: rate)
+    search, looks = fluid(lambda _: rate)
     result = search_result(DESIGN, search, looks)
     assert result.outcome == "found", result.reason
     assert result.critical_rate.value == pytest.approx(rate, rel=0.02)
@@ -93,28 +94,38 @@ def test_a_steady_server_is_found_within_the_precision(rate: float):
 @pytest.mark.parametrize(
     ("serves", "words"),
     [
-        (lambda _, __: 1000.0, "no queue stays at 256 req/s"),
-        (lambda t, _: 40.0 * math.exp(-t / 60), "not steady"),
-        (lambda t, _: 40.0 * (0.5 + (t // 7) % 2), "not yet narrow enough"),
+        (lambda _: 1000.0, ("no queue stays at 256 req/s",)),
+        (lambda t: 40.0 * math.exp(-t / 40), ("not steady",)),
+        (lambda t: 40.0 * math.exp(-t / 100), ("not steady",)),
+        (
+            lambda t: 40.0 * (0.5 + (t // 7) % 2),
+            ("the queue vanished", "not yet narrow enough", "not steady"),
+        ),
     ],
-    ids=["too fast", "throttling", "restless"],
+    ids=["too fast", "throttling", "throttling slowly", "restless"],
 )
-def test_what_cannot_be_said_is_not_said(serves: Callable[[float, float], float], words: str):
-    search, looks = fluid(serves)
-    result = search_result(DESIGN, search, looks)
-    assert result.outcome == "cannot say" and result.exit_code == 11
-    assert words in result.reason
+def test_what_cannot_be_said_is_not_said(serves: Callable[[float], float], words: tuple[str, ...]):
+    results = [search_result(SHORT, *fluid(serves, seed, SHORT)) for seed in range(10)]
+    wrong = [r for r in results if r.outcome != "cannot say" or r.exit_code != 11]
+    assert not wrong
+    for result in results:
+        assert any(phrase in result.reason for phrase in words), result.reason
+
+
+def test_a_steady_server_is_rarely_refused():
+    results = [search_result(SHORT, *fluid(lambda _: 40.0, seed, SHORT)) for seed in range(40)]
+    assert sum(result.outcome == "found" for result in results) >= 38
 
 
 def test_other_lengths_than_designed_do_not_pass():
-    search, looks = fluid(lambda _, __: 40.0)
+    search, looks = fluid(lambda _: 40.0)
     wrong = [replace(look, departures=round(1.3 * look.departures)) for look in looks]
     result = search_result(DESIGN, search, wrong)
     assert result.outcome == "cannot say" and "other lengths" in result.reason
 
 
 def test_an_interrupted_search_keeps_what_it_knows():
-    _, looks = fluid(lambda _, __: 40.0)
+    _, looks = fluid(lambda _: 40.0)
     cut = begin(DESIGN)
     for k in range(2, len(looks) - 2):
         cut = advance(DESIGN, cut, looks[:k])
@@ -124,7 +135,7 @@ def test_an_interrupted_search_keeps_what_it_knows():
 
 
 def test_batches_lie_within_the_stretches():
-    search, looks = fluid(lambda _, __: 40.0)
+    search, looks = fluid(lambda _: 40.0)
     whole = batches(DESIGN, search, looks)
     sides = [batches(DESIGN, search, looks, side) for side in ("above", "below")]
     assert len(whole) == sum(map(len, sides))
@@ -132,21 +143,20 @@ def test_batches_lie_within_the_stretches():
     assert all(m.end_s - m.start_s >= search.batch_s for m in search.measured)
 
 
-POOL = EngineLimits(num_blocks=128, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)
 LAW = StepTime(b0_s=14e-3, b1_s_per_token=10e-6, b2_s_per_kv_token=400e-9, b3_s_per_request=10e-6)
+SMALL = EngineLimits(num_blocks=128, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)
+WIDE = uniform((16, 112), (16, 112))
 TRUE_RATE = 18.682
-"""Of a run of 40 000 requests at 1.1 times this; scripts/bench/search measures it anew."""
+"""Of SMALL and WIDE, in long saturated runs; scripts/bench/search measures such anew."""
 
 
 def simulated(seed: int) -> Rehearsal:
-    workload = uniform((16, 112), (16, 112))
-    return rehearse_search(POOL, LAW, workload, design_for(workload, 0.02, 0.10), seed)
+    return rehearse_search(SimulatedServer(SMALL, LAW), WIDE, design_for(WIDE, 0.02, 0.10), seed)
 
 
 def test_the_simulated_critical_rate_is_found():
     pytest.importorskip("numba", reason="20 searches take a minute without the compiled engine")
-    workload = uniform((16, 112), (16, 112))
-    design = design_for(workload, 0.02, 0.10)
+    design = design_for(WIDE, 0.02, 0.10)
     results = []
     for seed in range(20):
         done = simulated(seed)
@@ -155,7 +165,8 @@ def test_the_simulated_critical_rate_is_found():
     rates = [result.critical_rate for result in results]
     held = np.mean([rate.low <= TRUE_RATE <= rate.high for rate in rates])
     assert held >= 0.95 - 2 * math.sqrt(0.95 * 0.05 / 20)
-    assert np.std([rate.value for rate in rates]) < 0.01 * TRUE_RATE
+    assert np.mean([rate.value for rate in rates]) == pytest.approx(TRUE_RATE, rel=0.005)
+    assert np.std([rate.value for rate in rates]) < 0.008 * TRUE_RATE
     assert np.median([result.requests for result in results]) < 500
 
 

@@ -160,7 +160,8 @@ def test_kill_9_keeps_what_was_flushed_and_analyse_says_what_is_missing(tmp_path
 
 
 def test_an_interrupt_gives_the_best_verdict_so_far(tmp_path: Path) -> None:
-    process = started(tmp_path, config_file(tmp_path))
+    faster = {"mock": CONFIG["server"]["mock"] | {"step_time": {"b0_ms": 10}}}
+    process = started(tmp_path, config_file(tmp_path, server=faster))
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130, printed
@@ -174,7 +175,7 @@ def test_an_interrupt_gives_the_best_verdict_so_far(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"clame": "engine"}, "clame: unknown key"),
-        ({"server": {"url": "http://127.0.0.1:9"}}, "was not healthy"),
+        ({"server": {"url": "http://127.0.0.1:9", "ready_timeout_s": 2}}, "was not healthy"),
         ({"workload": {"fixed": {"prompt": 900, "output": 900}}}, "shorten the lengths"),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_live_search_finds_the_critical_rate(
     config = load_config(config_file(tmp_path))
     store = Store.create(tmp_path / "out")
     with Display(Console(file=io.StringIO()), quiet=True) as display:
-        result = asyncio.run(search_server(config, store, display, 0.05, 3, (16.0, 500.0), 25.0))
+        result, _ = asyncio.run(search_server(config, store, display, 0.05, 3, (16.0, 500.0), 25.0))
     assert result.outcome in ("found", "invalid"), result.reason
     if result.outcome == "invalid":
         pytest.skip(f"this machine was too busy for the load: {result.reason}")
