@@ -128,8 +128,8 @@ def _books(
 ) -> tuple[float, float, float]:
     """Departures counted while measured, expected by the critical rate, and how far they may differ.
 
-    Departures of a backlogged server scatter by cd2 of their number (theory.md 6.1), and by the
-    requests that were in service at either end.
+    Departures of a backlogged server scatter by cd2 of their number (theory.md 6.1). Those in service
+    at either end may all have just begun, or be about to leave: fixed lengths go in waves.
     """
     counted = duration_s = 0.0
     for stretch in search.measured:
@@ -140,9 +140,9 @@ def _books(
     if not expected > 0:
         return counted, expected, math.inf
     running = max(look.running for look in looks)
-    scatter = math.sqrt((design.variance_ratio - 1) * expected + running)
+    scatter = math.sqrt((design.variance_ratio - 1) * expected)
     z = float(norm.ppf(0.5 + BOOKS_LEVEL / 2))
-    return counted, expected, z * scatter + design.precision * expected
+    return counted, expected, z * scatter + running + design.precision * expected
 
 
 # -- in words ------------------------------------------------------------------------------------

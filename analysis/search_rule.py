@@ -18,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.estimate import Estimate
-from analysis.sequential import LEVEL, MIN_BATCHES, Look, Unit, drifted, interval, narrow, work_rate
+from analysis.sequential import (
+    CONTROLLED_BATCHES,
+    LEVEL,
+    MIN_BATCHES,
+    Look,
+    Work,
+    interval,
+    narrow,
+    trend,
+    work_rates,
+)
 
 Phase = Literal["raise", "fill", "warm-up", "above", "below", "finished"]
 Side = Literal["above", "below"]
@@ -29,10 +39,10 @@ FILL = 1.5
 QUEUE_RISK = 0.01
 """A queue held at 1 + theta vanishes by chance with this probability."""
 MIN_BACKLOG_LOOKS = 2
-WARMUP_MEMORIES, BATCH_MEMORIES = 3.0, 1.0
+WARMUP_MEMORIES, BATCH_MEMORIES = 5, 1
 """In units of `Look.memory_s`; what other choices cost and bring is in docs/search.md."""
 MOST_LOST = 8
-MOST_UNSTEADY = 2
+MOST_UNSTEADY = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +52,10 @@ class Design:
     precision: float
     """Half width of the 95 % interval over the critical rate."""
     theta: float
-    kv_demand: float
-    """Means per request of the designed law, in the units of `Look`."""
-    output_tokens: float
+    demand: Work
+    """Means per request of the designed law."""
     variance_ratio: float
+    """ca2 + cd2 of theory.md 6.1."""
     first_rate: float = 1.0
     max_rate: float = 1000.0
     max_duration_s: float = 1800.0
@@ -54,9 +64,6 @@ class Design:
     def queue(self) -> float:
         """Requests that must wait: exp(-2 theta q / (ca2 + cd2)) is the chance to lose them."""
         return math.log(1 / QUEUE_RISK) * self.variance_ratio / (2 * self.theta)
-
-    def demand(self, unit: Unit) -> float:
-        return self.kv_demand if unit == "kv" else self.output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +85,6 @@ class Search:
     since_s: float = 0.0
     """When this phase, or its rate, began."""
     backlog_s: float = math.nan
-    unit: Unit = "kv"
     batch_s: float = math.nan
     measured: tuple[Measured, ...] = ()
     lost: int = 0
@@ -127,12 +133,14 @@ def _raise(design: Design, search: Search, looks: Sequence[Look]) -> Search:
     since_s = _backlog_since(looks)
     usual_s = 0.0 if math.isnan(look.residence_s) else look.residence_s / 2
     queued = len(looks) > MIN_BACKLOG_LOOKS and looks[-1 - MIN_BACKLOG_LOOKS].t_s >= since_s
-    if queued and look.t_s - since_s >= usual_s:
+    full = look.waiting_least > 0 and look.waiting >= design.queue
+    if full or (queued and look.t_s - since_s >= usual_s):
         rate = FILL * _recent(design, looks)
         return replace(search, phase="fill", rate=rate, since_s=look.t_s, backlog_s=since_s)
     highest = search.rate >= design.max_rate
     patience = WARMUP_MEMORIES if highest else 1.0
-    if look.departures == 0 or look.t_s - search.since_s < patience * look.residence_s:
+    seen = look.departures > 0 and look.t_s - search.since_s >= patience * look.residence_s
+    if not seen or look.waiting >= design.queue / 4:
         return search
     if highest:
         return _stopped(
@@ -152,12 +160,12 @@ def _backlog_since(looks: Sequence[Look]) -> float:
 
 
 def _recent(design: Design, looks: Sequence[Look]) -> float:
-    """Requests per second served lately: the larger of two units, since a filling pool is young."""
+    """Requests per second served lately, by output tokens or by KV demand: the larger, since a filling
+    pool is young."""
     look = looks[-1]
     span_s = max(look.residence_s if look.departures else 0.0, looks[-1].t_s - looks[-2].t_s)
     edges = np.array([max(look.t_s - span_s, 0.0), look.t_s])
-    units: tuple[Unit, ...] = ("kv", "token")
-    served = max(float(work_rate(looks, unit, edges, design.demand(unit))[0]) for unit in units)
+    served = float(work_rates(looks, edges, design.demand)[0, :2].max())
     # Before the first tokens nothing is served: any rate will do that keeps a queue.
     return served if served > 0 else design.first_rate
 
@@ -170,32 +178,17 @@ def _held(design: Design, search: Search, looks: Sequence[Look]) -> Search:
 def _warm_up(design: Design, search: Search, looks: Sequence[Look]) -> Search:
     look = looks[-1]
     if look.departures and look.t_s - search.backlog_s >= WARMUP_MEMORIES * look.memory_s:
-        unit = _short_of(looks, look.t_s - look.residence_s)
         # Work is known at looks only: batches as short would repeat one another.
         shortest_s = 2 * (look.t_s - looks[-2].t_s)
-        batch_s = max(BATCH_MEMORIES * look.memory_s, shortest_s)
-        warmed = replace(search, unit=unit, batch_s=batch_s)
-        edges = np.array([look.t_s - look.residence_s, look.t_s])
-        served = float(work_rate(looks, unit, edges, design.demand(unit))[0])
-        return _measure(design, warmed, look, "above", served)
+        warmed = replace(search, batch_s=max(BATCH_MEMORIES * look.memory_s, shortest_s))
+        edges = np.linspace(search.backlog_s, look.t_s, CONTROLLED_BATCHES + 1)
+        known = interval(work_rates(looks, edges, design.demand))
+        return _measure(design, warmed, look, "above", known.value)
     if look.waiting < design.queue / 2:
         return replace(search, phase="fill", rate=FILL * _recent(design, looks), since_s=look.t_s)
     if look.departures and look.t_s - search.since_s >= look.residence_s:
         return _held(design, search, looks)
     return search
-
-
-def _short_of(looks: Sequence[Look], since_s: float) -> Unit:
-    """Work is counted in what the server is short of: of memory and places, the one that stays full.
-
-    It is told from occupancy alone, never from a rate of service.
-    """
-    recent = [look for look in looks if look.t_s >= since_s]
-    usage = np.array([look.kv_usage for look in recent])
-    running = np.array([look.running for look in recent])
-    scatter_of_usage = float(np.std(usage)) / max(float(np.mean(usage)), 1e-9)
-    scatter_of_running = float(np.std(running)) / max(float(np.mean(running)), 1e-9)
-    return "token" if scatter_of_running < scatter_of_usage else "kv"
 
 
 def _queue_lost(design: Design, search: Search, looks: Sequence[Look]) -> Search:
@@ -240,36 +233,44 @@ def _judge(design: Design, search: Search, looks: Sequence[Look]) -> Search:
         return search if drains else _measure(design, search, look, "below", whole.value)
     if search.phase == "below" and narrow(below, design.theta / 2) and not drains:
         return _measure(design, search, look, "below", whole.value)
-    if grows and drains and narrow(whole, design.precision):
-        return _finish(design, search, looks)
+    finished = grows and drains and narrow(whole, design.precision)
+    change = trend(batches(design, search, looks)) if finished else None
+    if change is not None and abs(change.value) <= design.precision:
+        return replace(search, phase="finished", outcome="found")
+    if change is not None and not change.low <= 0 <= change.high:
+        return _unsteady(design, search, looks)
     if search.phase == "below" and look.waiting < design.queue / 4:
         return replace(search, phase="fill", rate=FILL * whole.value, since_s=look.t_s)
     return search
 
 
-def _finish(design: Design, search: Search, looks: Sequence[Look]) -> Search:
-    change = drifted(batches(design, search, looks), design.precision)
-    if change is None:
-        return replace(search, phase="finished", outcome="found")
+def _unsteady(design: Design, search: Search, looks: Sequence[Look]) -> Search:
+    """The rate changed while it was measured: measured anew, or given up."""
     if search.unsteady == MOST_UNSTEADY:
-        return _stopped(
-            search,
-            f"the service rate is not steady: it changed by {100 * change:+.1f} % while measured",
-        )
+        return _stopped(search, _changed(design, search, looks))
     again = replace(search, measured=(), unsteady=search.unsteady + 1)
     return replace(again, phase="fill", rate=FILL * _recent(design, looks), since_s=looks[-1].t_s)
+
+
+def _changed(design: Design, search: Search, looks: Sequence[Look]) -> str:
+    """The reason that the service rate changed; empty where that is not certain."""
+    change = trend(batches(design, search, looks))
+    if change is None or change.low <= 0 <= change.high:
+        return ""
+    percent = f"{100 * change.value:+.1f} +- {100 * change.half_width:.1f} %"
+    return f"the service rate is not steady: it changed by {percent} while measured"
 
 
 def batches(
     design: Design, search: Search, looks: Sequence[Look], side: Side | None = None
 ) -> NDArray[np.float64]:
-    """Service rates of the whole batches measured so far, on one side or on both, shape (n,)."""
-    parts = [np.empty(0)]
+    """Service rates by each kind of work of the whole batches so far, on one side or both: (n, 3)."""
+    parts = [np.empty((0, 3))]
     for stretch in search.measured:
         count = int((stretch.end_s - stretch.start_s) / search.batch_s + 1e-9)
         if count and side in (None, stretch.side):
             edges = stretch.start_s + search.batch_s * np.arange(count + 1, dtype=np.float64)
-            parts.append(work_rate(looks, search.unit, edges, design.demand(search.unit)))
+            parts.append(work_rates(looks, edges, design.demand))
     return np.concatenate(parts)
 
 
@@ -277,8 +278,7 @@ def capacity(
     design: Design, search: Search, looks: Sequence[Look], side: Side | None = None
 ) -> Estimate:
     """Service rate under backlog, req/s, with its 95 % interval; value NaN before the first batch."""
-    what = {"kv": "KV demand", "token": "output tokens"}[search.unit]
-    return interval(batches(design, search, looks, side), f"{what} served under backlog")
+    return interval(batches(design, search, looks, side))
 
 
 def _known(design: Design, search: Search, looks: Sequence[Look]) -> float:
@@ -303,10 +303,7 @@ def _lacking(design: Design, search: Search, looks: Sequence[Look]) -> str:
     if not search.warm:
         return "the server is still warming up; allow it longer"
     rates = batches(design, search, looks)
-    change = drifted(rates, design.precision)
-    if change is not None:
-        return f"the service rate is not steady: it changed by {100 * change:+.1f} % while measured"
-    return (
-        f"the interval at {100 * LEVEL:.0f} % is not yet narrow enough ({len(rates)} batches, at least "
-        f"{MIN_BATCHES} on each side); allow it longer"
+    return _changed(design, search, looks) or (
+        f"the interval at {100 * LEVEL:.0f} % is not yet narrow enough, or the rate not steady enough "
+        f"({len(rates)} batches, at least {MIN_BATCHES} on each side); allow it longer"
     )

@@ -11,27 +11,32 @@ scatter (docs/search.md has the figures, tests/analysis/test_sequential.py count
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import linregress, t
+from scipy.special import stdtrit
 
+from analysis.capacity import kv_work, service_rates
 from analysis.estimate import Estimate
 
-Unit = Literal["kv", "token"]
-"""What the served work is counted in: KV demand, or output tokens where sequences are what is short."""
+Floats = NDArray[np.float64]
+Work = tuple[float, float, float]
+"""KV demand in token-steps, output tokens, and prompt tokens of requests that have started."""
 
 LEVEL = 0.95
 MIN_BATCHES = 4
+CONTROLLED_BATCHES = 6
+"""So many batches leave three degrees of freedom beside a mean and two control variates."""
 STUDENT_LEVEL = 0.975
 """Level of Student's quantile that leaves 95 % when the scatter decides when to stop."""
 LEAST_CORRELATION, MOST_CORRELATION = 0.2, 0.6
-"""Of neighbouring batches. A pool that forgets exponentially makes 0.54 in batches as long as its
-memory; few batches cannot show that there is none."""
-STEADY_LEVEL = 0.01
+"""Of neighbouring batches. Few of them cannot show that there is none; without control variates, heavy
+tails make 0.45 in batches as long as the memory (docs/search.md)."""
+NOTHING = 1e-9
+"""Control variates that vary by less than this share of the rate are rounding errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +51,9 @@ class Look:
     waiting_least: int
     """Fewest waiting in any sample since the look before."""
     running: float
-    """Mean of the samples since the look before; so is the next."""
-    kv_usage: float
-    kv_work: float
-    """KV demand served until now, token-steps, in the convention of `analysis.growth.work_done`."""
-    token_work: float
-    """Output tokens received until now."""
+    """Mean of the samples since the look before."""
+    work: Work
+    """Served until now."""
     residence_s: float
     """Mean of first to last token over the completed requests; NaN before the first."""
     memory_s: float
@@ -66,44 +68,120 @@ EMPTY = Look(
     waiting=0,
     waiting_least=0,
     running=0.0,
-    kv_usage=0.0,
-    kv_work=0.0,
-    token_work=0.0,
+    work=(0.0, 0.0, 0.0),
     residence_s=math.nan,
     memory_s=0.0,
 )
 """Before the first request."""
 
 
-def work_rate(
-    looks: Sequence[Look], unit: Unit, edges_s: NDArray[np.float64], demand: float
-) -> NDArray[np.float64]:
-    """Requests per second served between neighbouring edges: work over its mean per request.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Sums over requests that have started: their work, their ages, and the squares of these."""
 
-    Shape (edges - 1,). ``demand`` is the mean of the designed law in the same unit. In the long run
-    every unit gives the departure rate; the one that the server is short of scatters least.
+    work: Work = (0.0, 0.0, 0.0)
+    ages_s: float = 0.0
+    squares_s2: float = 0.0
+
+    def __add__(self, other: Served) -> Served:
+        kv, outputs, prompts = (a + b for a, b in zip(self.work, other.work, strict=True))
+        return Served(
+            (kv, outputs, prompts),
+            self.ages_s + other.ages_s,
+            self.squares_s2 + other.squares_s2,
+        )
+
+    @property
+    def memory_s(self) -> float:
+        """`Look.memory_s`; 0 before the first token."""
+        return self.squares_s2 / self.ages_s if self.ages_s > 0 else 0.0
+
+
+def served(prompt_tokens: Floats, tokens: Floats, age_s: Floats) -> Served:
+    """Of requests with so many of their output tokens, so long after the first; arrays of shape (n,)."""
+    return Served(
+        (
+            float(kv_work(prompt_tokens, tokens).sum()),
+            float(tokens.sum()),
+            float(prompt_tokens.sum()),
+        ),
+        float(age_s.sum()),
+        float(age_s @ age_s),
+    )
+
+
+def work_rates(looks: Sequence[Look], edges_s: Floats, demand: Work) -> Floats:
+    """Requests per second served between neighbouring edges by each kind of work: (edges - 1, 3).
+
+    ``demand`` is the mean work of a request by the designed law. In the long run all three are the
+    departure rate.
     """
-    times = np.array([look.t_s for look in looks])
-    work = np.array([look.kv_work if unit == "kv" else look.token_work for look in looks])
-    rates: NDArray[np.float64] = np.diff(np.interp(edges_s, times, work)) / np.diff(edges_s)
-    return rates / demand
+    first = max(bisect_right(looks, edges_s[0], key=lambda look: look.t_s) - 1, 0)
+    times = np.array([look.t_s for look in looks[first:]])
+    work = np.array([look.work for look in looks[first:]]).T
+    return np.stack(
+        [
+            service_rates(np.interp(edges_s, times, done), edges_s, mean)
+            for done, mean in zip(work, demand, strict=True)
+        ],
+        axis=1,
+    )
 
 
-def interval(rates: NDArray[np.float64], what: str) -> Estimate:
-    """Mean of per-batch rates with a 95 % interval that may be looked at after every batch.
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """Coefficients with their standard errors, and the degrees of freedom of these."""
 
-    Batch means with Student's quantile at `STUDENT_LEVEL`, the variance times (1 + r)/(1 - r) with r the
-    correlation of neighbouring batches, taken as `LEAST_CORRELATION` where it looks smaller. Below
-    `MIN_BATCHES` the interval is unbounded.
+    coefficients: Floats
+    errors: Floats
+    freedom: int
+
+
+def regression(rates: Floats, *regressors: Floats) -> Fit:
+    """The rate by KV demand, shape (n, 3), on a constant, the control variates and more regressors.
+
+    The first coefficient is the service rate. Control variates: by how much the rates by output tokens
+    and by prompt tokens exceed the one by KV demand. Their mean is 0, whatever binds; in a batch they
+    say which mix of lengths, and of ages, was in service. The time that work takes is linear in its
+    three kinds, so that the rate at 0 is that of the mean mix (Lavenberg and Welch, Management Science
+    27, 1981). Below `CONTROLLED_BATCHES` there are none. Variances are multiplied by (1 + r)/(1 - r), r
+    the correlation of neighbouring residuals, taken as `LEAST_CORRELATION` where it looks smaller.
+    """
+    count, rate = len(rates), rates[:, 0]
+    scale = float(np.abs(rates).max()) or 1.0
+    columns = [np.ones(count), *regressors]
+    if count >= CONTROLLED_BATCHES:
+        columns += [(other - rate) / scale for other in rates[:, 1:].T]
+    x = np.stack(columns, axis=1)
+    inverse = np.linalg.pinv(x, rcond=NOTHING)
+    hat = x @ inverse
+    freedom = count - round(float(np.trace(hat)))
+    coefficients = inverse @ rate
+    residuals = rate - x @ coefficients
+    squares = float(residuals @ residuals)
+    if freedom < 1 or squares <= (NOTHING * scale) ** 2:
+        return Fit(coefficients, np.zeros(x.shape[1]), max(freedom, 0))
+    # Residuals of independent batches are a little anticorrelated: what the fit takes is put back.
+    alike = float(residuals[1:] @ residuals[:-1]) / squares + float(np.trace(hat, 1)) / freedom
+    alike = min(max(alike, LEAST_CORRELATION), MOST_CORRELATION)
+    variance = squares / freedom * (1 + alike) / (1 - alike)
+    return Fit(coefficients, np.sqrt(variance * (inverse**2).sum(axis=1)), freedom)
+
+
+def interval(rates: Floats) -> Estimate:
+    """Service rate from per-batch rates, shape (n, 3), with a 95 % interval that may be looked at after
+    every batch: `regression`, with Student's quantile at `STUDENT_LEVEL`.
+
+    Below `MIN_BATCHES` the interval is unbounded.
     """
     count = len(rates)
-    method = f"{what}, {count} batches, narrow enough by repeated looks"
+    method = f"work served under backlog, {count} batches, narrow enough by repeated looks"
     if count < MIN_BATCHES:
-        value = float(np.mean(rates)) if count else math.nan
+        value = float(np.mean(rates[:, 0])) if count else math.nan
         return Estimate(value, -math.inf, math.inf, LEVEL, "req/s", method)
-    value = float(np.mean(rates))
-    error = float(np.std(rates, ddof=1)) / math.sqrt(count) * math.sqrt(_alike(rates - value))
-    half = float(t.ppf(0.5 + STUDENT_LEVEL / 2, count - 1)) * error
+    fit = regression(rates)
+    value = float(fit.coefficients[0])
+    half = float(stdtrit(fit.freedom, 0.5 + STUDENT_LEVEL / 2)) * float(fit.errors[0])
     return Estimate(value, value - half, value + half, LEVEL, "req/s", method)
 
 
@@ -112,26 +190,18 @@ def narrow(estimate: Estimate, share: float) -> bool:
     return estimate.half_width <= share * estimate.value
 
 
-def drifted(rates: NDArray[np.float64], share: float) -> float | None:
-    """Relative change of the rate over the batches if it is certain and beyond ``share``, else None.
+def trend(rates: Floats) -> Estimate | None:
+    """Relative change of the rate over the batches, with a 95 % interval; None for fewer than eight.
 
-    A straight line through the batch means, tested at 1 %: a server that grows slower, or one whose
-    warm-up had not ended.
+    A straight line through the batches beside the control variates: it shows a server that grows slower,
+    or one whose warm-up had not ended.
     """
-    if len(rates) < 2 * MIN_BATCHES:
+    count = len(rates)
+    if count < 2 * MIN_BATCHES:
         return None
-    line = linregress(np.arange(len(rates)), rates)
-    change = float(line.slope) * (len(rates) - 1) / float(np.mean(rates))
-    certain = float(line.pvalue) < STEADY_LEVEL and abs(change) > share
-    return change if certain else None
-
-
-def _alike(deviations: NDArray[np.float64]) -> float:
-    """Factor on the variance of the mean from the lag-1 correlation of the batches."""
-    count, scatter = len(deviations), float(deviations @ deviations)
-    if scatter == 0.0:
-        return 1.0
-    # The estimate is too low by about 1/count.
-    r = float(deviations[1:] @ deviations[:-1]) / scatter + 1.0 / count
-    r = min(max(r, LEAST_CORRELATION), MOST_CORRELATION)
-    return (1.0 + r) / (1.0 - r)
+    fit = regression(rates, np.linspace(-0.5, 0.5, count))
+    change, error = (
+        float(part[1] / fit.coefficients[0]) for part in (fit.coefficients, fit.errors)
+    )
+    half = float(stdtrit(fit.freedom, 0.5 + LEVEL / 2)) * error
+    return Estimate(change, change - half, change + half, LEVEL, "1", f"a line, {count} batches")

@@ -80,7 +80,7 @@ def _sglang(pool_tokens: int) -> EngineLimits:
 
 
 _WIDE = uniform((16, 112), (16, 112))
-_HEAVY = lognormal((64, 1.0), (64, 1.5), 0.0, (4, 512), (4, 512))
+_HEAVY = lognormal((48, 1.0), (48, 1.5), 0.0, (4, 256), (4, 256))
 _TOKENS_COST = StepTime(
     b0_s=8e-3, b1_s_per_token=60e-6, b2_s_per_kv_token=600e-9, b3_s_per_request=30e-6
 )

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
 
 from analysis.audit import binding_resource, saturation
+from analysis.capacity import Backlog
 from analysis.engine import EngineLimits, EngineSample
 from analysis.evidence import OVERRUN_LIMIT
 from analysis.frames import run_frames
-from analysis.growth import Backlog, kv_work
 from analysis.search_result import SearchResult, search_result
 from analysis.search_rule import Design, Search, advance, begin
-from analysis.sequential import EMPTY, Look
+from analysis.sequential import EMPTY, Look, Served, served
 from harness.analyse import LAG_OVER_RESIDENCE, MOST_LAG_MS
 from harness.offer import START_DELAY_S, Stage, idle, recording
 from harness.store import EndReason, Store
+from loadgen.client import TokenStream
 from loadgen.drive import Load, drive_on
 from loadgen.fidelity import MAX_LAG_MS, fidelity_of_stretches
 from loadgen.prompts import completion_body, make_prompts
@@ -37,48 +40,30 @@ SECOND_NS = 1_000_000_000
 
 @dataclass(slots=True)
 class Watch:
-    """What has been seen so far. Sums of what ended, and the streams of what is under way."""
+    """What has been seen so far."""
 
-    workload: Workload
     records: list[RequestRecord] = field(default_factory=list)
     samples: list[EngineSample] = field(default_factory=list)
-    ended: int = 0
+    ended: Served = field(default_factory=Served)
     departures: int = 0
-    kv_work: float = 0.0
-    token_work: float = 0.0
-    stays_s: float = 0.0
-    squares_s2: float = 0.0
+    summed: int = 0
+    """Records in ``ended``."""
     looked: int = 0
     """Samples that an earlier look has used."""
-
-    def on_record(self, record: RequestRecord) -> None:
-        self.records.append(record)
-        self.ended += 1
-        if record.first_token_ns is None or record.last_token_ns is None:
-            return
-        stay_s = (record.last_token_ns - record.first_token_ns) / SECOND_NS
-        tokens = float(record.output_tokens)
-        self.kv_work += kv_work(record.prompt_tokens, tokens)
-        self.token_work += tokens
-        self.stays_s += stay_s
-        self.squares_s2 += stay_s**2
-        self.departures += record.outcome == "completed"
 
     def look(self, load: Load, before: Look) -> Look:
         """What stands at this moment; gauges over the samples since the look ``before``."""
         now_ns = time.monotonic_ns()
-        kv, token = self.kv_work, self.token_work
-        stays_s, squares_s2 = self.stays_s, self.squares_s2
-        for index, stream in load.streams.items():
-            if stream.first_token_ns is None:
-                continue
-            counted, _ = stream.usage_counts()
-            tokens = float(stream.content_events if counted is None else counted)
-            kv += kv_work(load.lengths[index][0], tokens)
-            token += tokens
-            age_s = (now_ns - stream.first_token_ns) / SECOND_NS
-            stays_s += age_s
-            squares_s2 += age_s**2
+        fresh, self.summed = self.records[self.summed :], len(self.records)
+        self.departures += sum(record.outcome == "completed" for record in fresh)
+        self.ended += _served(
+            (r.prompt_tokens, r.output_tokens, r.first_token_ns, r.last_token_ns) for r in fresh
+        )
+        under_way = _served(
+            (load.lengths[index][0], _received(stream), stream.first_token_ns, now_ns)
+            for index, stream in load.streams.items()
+        )
+        seen = self.ended + under_way
         samples = self.samples[self.looked :] or self.samples[-1:]
         self.looked = len(self.samples)
         gone = self.departures
@@ -89,12 +74,25 @@ class Watch:
             waiting=samples[-1].waiting if samples else before.waiting,
             waiting_least=min((s.waiting for s in samples), default=0),
             running=float(np.mean([s.running for s in samples])) if samples else before.running,
-            kv_usage=float(np.mean([s.kv_usage for s in samples])) if samples else before.kv_usage,
-            kv_work=kv,
-            token_work=token,
-            residence_s=self.stays_s / gone if gone else float("nan"),
-            memory_s=squares_s2 / stays_s if stays_s > 0 else 0.0,
+            work=seen.work,
+            residence_s=self.ended.ages_s / gone if gone else math.nan,
+            memory_s=seen.memory_s,
         )
+
+
+def _received(stream: TokenStream) -> int:
+    counted, _ = stream.usage_counts()
+    return stream.content_events if counted is None else counted
+
+
+def _served(requests: Iterable[tuple[int, int, int | None, int | None]]) -> Served:
+    """Of requests as prompt tokens, tokens received, and when the first and last came; None: never."""
+    rows = [
+        (prompt, tokens, (last_ns - first_ns) / SECOND_NS)
+        for prompt, tokens, first_ns, last_ns in requests
+        if first_ns is not None and last_ns is not None
+    ]
+    return served(*np.array(rows, dtype=float).reshape(-1, 3).T)
 
 
 @dataclass(slots=True)
@@ -107,14 +105,16 @@ class Log:
     phases: list[str] = field(default_factory=list)
 
 
-async def search_live(stage: Stage, design: Design, seed: int) -> SearchResult:
+async def search_live(
+    stage: Stage, design: Design, seed: int, prediction_digest: str = ""
+) -> SearchResult:
     """Drive one search to its end. The folder holds all that was seen, however it ends.
 
     When cancelled, search.json is written from what was seen and the cancellation goes on. Raises
     ServerGone, ServerFailed, TooFewFileDescriptors and MissingMetric.
     """
     await idle(stage.target, stage.display)
-    watch = Watch(stage.workload)
+    watch = Watch()
     log = Log(begin(design), [EMPTY])
     start_ns = time.monotonic_ns() + round(START_DELAY_S * SECOND_NS)
     run = Run(
@@ -124,14 +124,14 @@ async def search_live(stage: Stage, design: Design, seed: int) -> SearchResult:
         warmup_s=0.0,
         seed=seed,
     )
-    stage.store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), "")
+    stage.store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), prediction_digest)
     reason: EndReason = "interrupted"
     try:
         async with recording(stage, RUN_ID, watch.samples.append) as (write, sampling):
 
             def on_record(record: RequestRecord) -> None:
                 write(record)
-                watch.on_record(record)
+                watch.records.append(record)
 
             driving = asyncio.create_task(
                 drive_on(
@@ -280,7 +280,6 @@ def write_search(store: Store, design: Design, log: Log, result: SearchResult) -
         {
             "result": result.to_dict(),
             "design": asdict(design),
-            "unit": log.search.unit,
             "measured": [asdict(stretch) for stretch in log.search.measured],
             "stretches": joined,
             "looks": looks,

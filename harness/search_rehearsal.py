@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.engine import EngineLimits
 from analysis.evidence import variance_ratio, work_demand
 from analysis.search_rule import Design, Search, advance, begin
-from analysis.sequential import EMPTY, Look
+from analysis.sequential import EMPTY, Look, Served
 from analysis.simulate import Simulation, simulate
-from analysis.step_time import StepTime
+from harness.rehearsal import SimulatedServer
 from loadgen.arrivals import SECOND_NS
+from loadgen.records import Run
 from loadgen.stretches import Stretch, stretch_arrivals, stretch_seed
 from loadgen.workload import Workload
 
@@ -45,11 +46,15 @@ def design_for(
     max_duration_s: float = 1800.0,
 ) -> Design:
     """A design that knows the workload and nothing of the server."""
+    prompts, outputs = workload.prompt_tokens, workload.output_tokens
     return Design(
         precision=precision,
         theta=theta,
-        kv_demand=workload.mean(work_demand(workload)),
-        output_tokens=workload.mean(workload.output_tokens),
+        demand=(
+            workload.mean(work_demand(workload)),
+            workload.mean(outputs),
+            workload.mean(prompts),
+        ),
         variance_ratio=variance_ratio(workload),
         first_rate=first_rate,
         max_rate=max_rate,
@@ -58,12 +63,7 @@ def design_for(
 
 
 def rehearse_search(
-    limits: EngineLimits,
-    step_time: StepTime,
-    workload: Workload,
-    design: Design,
-    seed: int,
-    look_s: float = 0.5,
+    server: SimulatedServer, workload: Workload, design: Design, seed: int, look_s: float = 0.5
 ) -> Rehearsal:
     """The search as it goes live, with a look every ``look_s`` seconds.
 
@@ -90,13 +90,22 @@ def rehearse_search(
             stretches.append(stretch)
             arrivals.append(instants)
             lengths.append(workload.sample(rng, len(instants)))
+        run = Run(
+            id="search",
+            arrival_rate=search.rate,
+            horizon_s=stretches[-1].end_s,
+            warmup_s=0.0,
+            seed=seed,
+        )
         simulated = simulate(
-            limits,
-            step_time,
+            server.limits,
+            server.law,
             np.concatenate(arrivals),
             np.concatenate(lengths),
-            stretches[-1].end_s,
+            run.horizon_s,
             ignore_eos=workload.ignore_eos,
+            step_factors=server.step_factors(seed),
+            slowdown=None if server.slowdown is None else server.slowdown(run),
         )
         rate = search.rate
         for look in looks_of(simulated, [s.end_s for s in stretches[done:]], looks[-1].t_s):
@@ -110,49 +119,51 @@ def rehearse_search(
 
 
 def looks_of(simulated: Simulation, at_s: list[float], before_s: float) -> list[Look]:
-    """Looks at increasing instants, the last look before them being at ``before_s``."""
-    records = simulated.records
+    """Looks at increasing instants, the last look before them being at ``before_s``.
+
+    Work is that of the steps ended by then, as a client counts it: a request that was preempted receives
+    nothing meanwhile. Of a prompt computed in parts, every part's step counts.
+    """
+    records, steps = simulated.records, simulated.steps
     arrived = np.array([r.scheduled_ns for r in records]) / SECOND_NS
     begun = [r for r in records if r.first_token_ns is not None]
     first = np.array([r.first_token_ns for r in begun], dtype=float) / SECOND_NS
     last = np.array([r.last_token_ns for r in begun], dtype=float) / SECOND_NS
-    prompt, got = (
-        np.array([getattr(r, name) for r in begun], dtype=float)
-        for name in ("prompt_tokens", "output_tokens")
-    )
+    prompt = np.array([r.prompt_tokens for r in begun], dtype=float)
     ended = np.array([r.outcome == "completed" for r in begun], dtype=bool)
     order = np.argsort(last[ended])
     left = last[ended][order]
     stays = (last - first)[ended][order]
     mean = np.cumsum(stays) / np.arange(1, len(stays) + 1)
     sample_s = np.array([s.t_ns for s in simulated.samples]) / SECOND_NS
-    gauges = {
-        name: np.array([getattr(s, name) for s in simulated.samples], dtype=float)
-        for name in ("waiting", "running", "kv_usage")
-    }
+    waiting, running, generated = (
+        np.array([getattr(s, name) for s in simulated.samples], dtype=float)
+        for name in ("waiting", "running", "generation_tokens")
+    )
+    step_ends = steps.start_s + steps.duration_s
+    held = np.cumsum(np.concatenate([[0.0], steps.kv_tokens]))
     looks = []
     for now_s in at_s:
-        tokens = np.where(
-            now_s >= first,
-            1.0 + (got - 1.0) * np.clip((now_s - first) / np.maximum(last - first, 1e-9), 0, 1),
-            0.0,
+        on = first <= now_s
+        age = np.where(ended, np.minimum(last, now_s), now_s)[on] - first[on]
+        work = (
+            float(held[np.searchsorted(step_ends, now_s, "right")]),
+            float(np.interp(now_s, sample_s, generated)),
+            float(prompt[on].sum()),
         )
         gone = int(np.searchsorted(left, now_s, "right"))
-        stayed = np.clip(np.where(ended, np.minimum(last, now_s), now_s) - first, 0.0, None)
         inside = slice(*np.searchsorted(sample_s, [before_s, now_s]))
         looks.append(
             Look(
                 t_s=now_s,
                 arrivals=int(np.searchsorted(arrived, now_s)),
                 departures=gone,
-                waiting=int(gauges["waiting"][inside][-1]),
-                waiting_least=int(gauges["waiting"][inside].min()),
-                running=float(gauges["running"][inside].mean()),
-                kv_usage=float(gauges["kv_usage"][inside].mean()),
-                kv_work=float((prompt * tokens + tokens * (tokens - 1.0) / 2.0).sum()),
-                token_work=float(tokens.sum()),
-                residence_s=float(mean[gone - 1]) if gone else float("nan"),
-                memory_s=float(stayed @ stayed) / max(float(stayed.sum()), 1e-9),
+                waiting=int(waiting[inside][-1]),
+                waiting_least=int(waiting[inside].min()),
+                running=float(running[inside].mean()),
+                work=work,
+                residence_s=float(mean[gone - 1]) if gone else math.nan,
+                memory_s=Served(work, float(age.sum()), float(age @ age)).memory_s,
             )
         )
         before_s = now_s
