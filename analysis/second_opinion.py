@@ -12,8 +12,7 @@ from analysis.critical_rate import predict
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.evidence import work_demand
-from analysis.frames import run_frames
-from analysis.simulate import SECOND_NS, simulate
+from analysis.simulate import simulate
 from analysis.step_time import StepTime, exact_step_time
 from loadgen.records import Run
 from loadgen.workload import Workload
@@ -21,6 +20,8 @@ from loadgen.workload import Workload
 BATCHES = 10
 WINDOW_RESIDENCES = 12
 WARM_UP_RESIDENCES = 2.5
+COMPILED_FROM = 1_000_000
+"""Requests times steps from which the compiled engine pays: compiling takes half a minute, once."""
 
 
 def simulated_rate(
@@ -59,6 +60,7 @@ def simulated_rate(
     arrival_s = np.sort(np.concatenate([np.cumsum(gaps_s), np.full(backlog, warm_up_s)]))
     arrival_s = arrival_s[arrival_s < run.horizon_s]
     lengths = workload.sample(rng, len(arrival_s))
+    request_steps = len(arrival_s) * first.mean_residence_s / first.step_time_s.value
     simulated = simulate(
         limits,
         law,
@@ -67,14 +69,14 @@ def simulated_rate(
         run.horizon_s,
         sample_interval_s=run.horizon_s,
         ignore_eos=workload.ignore_eos,
+        compiled=False if request_steps < COMPILED_FROM else None,
     )
     steps = simulated.steps
     inside = steps.start_s >= warm_up_s
     if not steps.waiting[inside].all():
         emptied_s = float(steps.start_s[inside][steps.waiting[inside] == 0][0]) - warm_up_s
         raise ValueError(f"the queue emptied {emptied_s:.3g} s into the window: raise the overload")
-    end_ns = round(run.horizon_s * SECOND_NS)
-    frames = run_frames(run, 0, end_ns, simulated.records, simulated.samples)
+    frames = simulated.frames(run)
     window = Backlog(warm_up_s, frames.end_s)
     demand = workload.mean(work_demand(workload, first.binding))
     found = capacity_by_work(frames, window, demand, BATCHES, first.binding)
