@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     # Steps of 30 ms leave the engine room for its own work beside whatever else the machine does.
     config["server"]["launch"]["step_time"] = {"b0_ms": 30}
+    # Three rounds of probes are enough for what is asked here.
+    config["theta"] = 0.2
     config["load"] = {"rates": [0.75, 1.4], "horizon_s": 22, "extend": False, "seed": 1}
     out = tmp_path_factory.mktemp("vllm")
     (out / "config.yaml").write_text(yaml.safe_dump(config))

@@ -146,6 +146,8 @@ def test_signals_leave_no_processes(number: signal.Signals, tmp_path: Path) -> N
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 20
     wanted = min(2, os.cpu_count() or 1)
