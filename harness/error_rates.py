@@ -27,7 +27,7 @@ from analysis.search_verdict import SearchVerdict, search_verdict
 from analysis.step_time import StepTime, StepTimeFit
 from analysis.verdict import RunJudgement, Verdict
 from harness.experiment import MAX_EXTRA_RUNS, outside
-from harness.plan import Plan, make_plan
+from harness.plan import Plan, StartOption, make_plan
 from harness.predict import NARROW
 from harness.rehearsal import SimulatedServer, calibrated, offered
 from harness.search_rehearsal import design_for, rehearse_search
@@ -150,12 +150,19 @@ def _truth(setting: Setting, prediction: Prediction, requests: int) -> Estimate:
     )
 
 
+def right(known: Known, factor: float = 1.0) -> Prediction:
+    """A prediction of ``factor`` times the truth, with the interval of the calibrated one."""
+    rate = known.prediction.critical_rate
+    return replace(
+        known.prediction, critical_rate=rate.scaled(factor * known.truth.value / rate.value)
+    )
+
+
 def drawn(known: Known, true_ratio: float, rng: np.random.Generator) -> Prediction:
     """A prediction that is off by 1/``true_ratio`` and by an error drawn from its own interval."""
     rate = known.prediction.critical_rate
     error = rate.standard_error / rate.value * float(rng.standard_normal())
-    wanted = known.truth.value / true_ratio * math.exp(error)
-    return replace(known.prediction, critical_rate=rate.scaled(wanted / rate.value))
+    return right(known, math.exp(error) / true_ratio)
 
 
 def experiment(
@@ -163,16 +170,16 @@ def experiment(
 ) -> tuple[Verdict, int]:
     """One experiment as ``critrate run`` would carry it out; also the requests that it offered."""
     claim = drawn(known, true_ratio, np.random.default_rng([seed, 98]))
-    plan = _plan(setting, claim, LOADS, theta, seed)
+    plan = planned(setting, claim, LOADS, theta, seed)
     runs = [offered(setting.server, setting.workload, run, test_load=False) for run in plan.runs]
-    verdict = judge(_evidence(setting, claim, theta, tuple(runs)))
+    verdict = judge(evidence_of(setting, claim, theta, tuple(runs)))
     for _ in range(MAX_EXTRA_RUNS):
         load = outside(verdict)
         if load is None:
             break
-        more = _plan(setting, claim, (load,), theta, seed, len(runs))
+        more = planned(setting, claim, (load,), theta, seed, len(runs))
         runs.append(offered(setting.server, setting.workload, more.runs[0], test_load=False))
-        verdict = judge(_evidence(setting, claim, theta, tuple(runs)))
+        verdict = judge(evidence_of(setting, claim, theta, tuple(runs)))
     return verdict, sum(len(run.frames.requests) for run in runs) + known.probe_requests
 
 
@@ -191,21 +198,22 @@ def searched(
 
 def one_run(setting: Setting, known: Known, rho: float, seed: int, theta: float) -> RunJudgement:
     """One run at ``rho`` of the true critical rate, as long as it would be planned, and its verdict."""
-    rate = known.prediction.critical_rate
-    claim = replace(known.prediction, critical_rate=rate.scaled(known.truth.value / rate.value))
-    run = _plan(setting, claim, (rho,), theta, seed).runs[0]
+    claim = right(known)
+    run = planned(setting, claim, (rho,), theta, seed).runs[0]
     measured = offered(setting.server, setting.workload, run, test_load=False)
-    return judge_run(measured, _evidence(setting, claim, theta, (measured,)))
+    return judge_run(measured, evidence_of(setting, claim, theta, (measured,)))
 
 
-def _plan(
+def planned(
     setting: Setting,
     claim: Prediction,
     loads: tuple[float, ...],
     theta: float,
     seed: int,
     first_index: int = 0,
+    start: StartOption = "empty",
 ) -> Plan:
+    """The runs that a claim would be tested by, as long as they would be live."""
     return make_plan(
         claim,
         claim,
@@ -217,12 +225,14 @@ def _plan(
         seed=seed,
         prediction_digest="",
         first_index=first_index,
+        start=start,
     )
 
 
-def _evidence(
+def evidence_of(
     setting: Setting, claim: Prediction, theta: float, runs: tuple[MeasuredRun, ...]
 ) -> Evidence:
+    """What a verdict about ``claim`` rests on, after these runs."""
     return Evidence(
         name=setting.name,
         mode="simulated",
@@ -253,6 +263,10 @@ class Job:
     first_seed: int
     count: int
 
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.count)
+
 
 def measure_setting(job: tuple[str, int, float]) -> Known:
     """`known` of a named setting, an arrival count and theta."""
@@ -262,49 +276,39 @@ def measure_setting(job: tuple[str, int, float]) -> Known:
 
 def measure_experiments(job: Job) -> list[dict[str, Any]]:
     """One row for each experiment."""
-    rows = []
-    for seed in range(job.first_seed, job.first_seed + job.count):
-        setting = SETTINGS[job.setting]
-        verdict, requests = experiment(setting, job.known, job.cell, _own(job, seed), job.theta)
-        rows.append(
-            {
-                "cell": job.cell,
-                "seed": seed,
-                "outcome": verdict.outcome,
-                "headline": verdict.headline,
-                "covers_rate": _covers(verdict.measured, job.known.truth.value),
-                "covers_ratio": _covers(verdict.ratio, job.cell),
-                "measured": verdict.measured and verdict.measured.value,
-                "requests": requests,
-            }
-        )
-    return rows
+    setting = SETTINGS[job.setting]
+    return [
+        _row(job, seed, *experiment(setting, job.known, job.cell, _own(job, seed), job.theta))
+        for seed in job.seeds
+    ]
 
 
 def measure_searches(job: Job) -> list[dict[str, Any]]:
     """One row for each search with a verdict."""
     rows = []
-    for seed in range(job.first_seed, job.first_seed + job.count):
+    for seed in job.seeds:
         verdict = searched(SETTINGS[job.setting], job.known, job.cell, _own(job, seed), job.theta)
-        rows.append(
-            {
-                "cell": job.cell,
-                "seed": seed,
-                "outcome": verdict.outcome,
-                "headline": verdict.headline,
-                "covers_rate": _covers(verdict.measured, job.known.truth.value),
-                "covers_ratio": _covers(verdict.ratio, job.cell),
-                "measured": verdict.measured and verdict.measured.value,
-                "requests": verdict.requests,
-            }
-        )
+        rows.append(_row(job, seed, verdict, verdict.requests))
     return rows
+
+
+def _row(job: Job, seed: int, verdict: Verdict | SearchVerdict, requests: int) -> dict[str, Any]:
+    return {
+        "cell": job.cell,
+        "seed": seed,
+        "outcome": verdict.outcome,
+        "headline": verdict.headline,
+        "covers_rate": _covers(verdict.measured, job.known.truth.value),
+        "covers_ratio": _covers(verdict.ratio, job.cell),
+        "measured": verdict.measured and verdict.measured.value,
+        "requests": requests,
+    }
 
 
 def measure_runs(job: Job) -> list[dict[str, Any]]:
     """One row for each run. The true drift is what is offered above the critical rate."""
     rows = []
-    for seed in range(job.first_seed, job.first_seed + job.count):
+    for seed in job.seeds:
         run = one_run(SETTINGS[job.setting], job.known, job.cell, _own(job, seed), job.theta)
         grows = max(run.arrival_rate - job.known.truth.value, 0.0)
         rows.append(

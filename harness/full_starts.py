@@ -9,13 +9,13 @@ from analysis.capacity import CAPACITY_BATCHES, backlogged_window, capacity_by_w
 from analysis.critical_rate import predict
 from analysis.engine import SGLangRules
 from analysis.estimate import Estimate
-from analysis.evidence import Evidence, MeasuredRun, variance_ratio, work_demand
+from analysis.evidence import MeasuredRun, variance_ratio, work_demand
 from analysis.prediction import Prediction
 from analysis.run_verdict import capacity, judge_run
 from analysis.step_time import StepTime, exact_step_time
 from harness import error_rates
-from harness.error_rates import MAX_HORIZON_S, Known, Setting
-from harness.plan import WARMUP_RESIDENCES, make_plan, preload_size
+from harness.error_rates import Known, Setting, evidence_of, planned, right
+from harness.plan import WARMUP_RESIDENCES, preload_size
 from harness.rehearsal import SimulatedServer, offered
 from loadgen.records import Run
 from loadgen.workload import Workload, fixed
@@ -123,21 +123,9 @@ def branches(setting: Setting, known: Known, rho: float, seed: int, theta: float
 
     A plan has pairs below the predicted rate alone: for a ``rho`` near 1 the prediction is too high.
     """
-    rate = known.prediction.critical_rate
-    predicted = known.truth.value * max(1.0, rho / HIGHEST_PAIR)
-    claim = replace(known.prediction, critical_rate=rate.scaled(predicted / rate.value))
-    plan = make_plan(
-        claim,
-        claim,
-        setting.workload,
-        loads=(rho * known.truth.value / predicted,),
-        horizon_s=None,
-        max_horizon_s=MAX_HORIZON_S,
-        theta=theta,
-        seed=seed,
-        prediction_digest="",
-        start="both",
-    )
+    factor = max(1.0, rho / HIGHEST_PAIR)
+    claim = right(known, factor)
+    plan = planned(setting, claim, (rho / factor,), theta, seed, start="both")
     runs = tuple(offered(setting.server, setting.workload, run) for run in plan.runs)
     return compared(setting, claim, runs, theta)
 
@@ -146,19 +134,7 @@ def compared(
     setting: Setting, claim: Prediction, runs: tuple[MeasuredRun, ...], theta: float
 ) -> Branches:
     """What the two runs of a pair say together."""
-    evidence = Evidence(
-        name=setting.name,
-        mode="simulated",
-        theta=theta,
-        prediction=claim,
-        paper=claim,
-        engine=claim,
-        mechanisms=(),
-        simulated=None,
-        limits=setting.server.limits,
-        workload=setting.workload,
-        runs=runs,
-    )
+    evidence = evidence_of(setting, claim, theta, runs)
     served = {
         run.frames.run.id: found.by_work
         for run in runs

@@ -13,8 +13,7 @@ from analysis.evidence import Evidence, MeasuredRun, variance_ratio
 from analysis.frames import RunFrames
 from analysis.run_verdict import capacity
 from analysis.settling import Settling, of_run
-from harness.error_rates import MAX_HORIZON_S, Known, Setting
-from harness.plan import make_plan
+from harness.error_rates import Known, Setting, evidence_of, planned, right
 from harness.rehearsal import offered
 
 OVERLOAD = 1.3
@@ -42,32 +41,9 @@ def near_runs(
     That one is as long as an experiment plans it for load 1.0. As in a verdict, the measured rate is the
     mean over all runs that kept a backlog.
     """
-    rate = known.prediction.critical_rate
-    claim = replace(known.prediction, critical_rate=rate.scaled(known.truth.value / rate.value))
-    plan = make_plan(
-        claim,
-        claim,
-        setting.workload,
-        loads=(OVERLOAD, 1.0),
-        horizon_s=None,
-        max_horizon_s=MAX_HORIZON_S,
-        theta=theta,
-        seed=seed,
-        prediction_digest="",
-    )
-    evidence = Evidence(
-        name=setting.name,
-        mode="simulated",
-        theta=theta,
-        prediction=claim,
-        paper=claim,
-        engine=claim,
-        mechanisms=(),
-        simulated=None,
-        limits=setting.server.limits,
-        workload=setting.workload,
-        runs=(),
-    )
+    claim = right(known)
+    plan = planned(setting, claim, (OVERLOAD, 1.0), theta, seed)
+    evidence = evidence_of(setting, claim, theta, ())
     above, at = plan.runs
     overloaded = offered(setting.server, setting.workload, above)
     return [
