@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from scipy.stats import t
 
-from analysis.estimate import Estimate, combined, ratio
+from analysis.estimate import Estimate, ratio
 from analysis.frames import RunFrames
 from analysis.growth import DRIFT_BATCHES, why_no_slope
+from analysis.long_run import Stretch, long_run_mean
 from analysis.verdict import Check, RunJudgement, RunVerdict
 
 LEVEL = 0.99
@@ -205,8 +206,8 @@ def branch_checks(pairs: Sequence[Branches]) -> tuple[Check, ...]:
 def branch_warnings(
     pairs: Sequence[Branches],
     predicted_rate: float,
-    poisson: Sequence[Estimate],
-    from_full: Sequence[Estimate],
+    poisson: Sequence[Stretch],
+    from_full: Sequence[Stretch],
 ) -> tuple[str, ...]:
     """What a reader must know of runs that started full.
 
@@ -221,15 +222,15 @@ def branch_warnings(
             "predicted rate, as far as seen: there the start decides whether the queue grows, so that "
             "a burst or a stall can turn one branch into the other; operate below it"
         )
-    served, other = combined(poisson), combined(from_full)
-    if other is None:
+    if not from_full:
         return tuple(warnings)
-    if served is None:
+    if not poisson:
         warnings.append(
             "the critical rate was measured from a full start alone: where a burst starts waves it is "
             "not that of sustained arrivals; add runs above the predicted rate with load.start: empty"
         )
         return tuple(warnings)
+    served, other = long_run_mean(poisson), long_run_mean(from_full)
     share = ratio(other, served, "from full over sustained Poisson")
     if not share.low <= 1.0 <= share.high:
         warnings.append(

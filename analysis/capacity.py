@@ -17,7 +17,8 @@ from scipy.stats import chi2, t
 
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames, tokens_received
-from analysis.growth import batch_edges, batch_mean
+from analysis.growth import batch_edges
+from analysis.long_run import Stretch, bins_of
 
 Number = TypeVar("Number", float, NDArray[np.float64])
 
@@ -117,34 +118,30 @@ def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
     return best
 
 
-def capacity_by_work(
-    frames: RunFrames,
-    window: Backlog,
-    demand: float,
-    batches: int = CAPACITY_BATCHES,
-    binding: str = "kv_cache",
-) -> Estimate:
+def work_served(
+    frames: RunFrames, window: Backlog, demand: float, binding: str = "kv_cache"
+) -> Stretch:
     """Saturated service rate from work served, in requests per second (theory.md 6.3).
 
     ``demand`` is the mean of the designed law in the unit of ``binding`` (`work_of`). The mix of lengths
     that happened to be served drops out, so that the error is several times smaller than that of
     counting, most of all in the unit of the resource that is short. In the long run all agree.
     """
-    edges = batch_edges(window.start_s, window.end_s, batches)
+    residences = window.duration_s / frames.mean_residence_s
+    edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
     rates = service_rates(work_done(frames, edges, binding), edges, demand)
-    method = f"{UNITS[binding]} under backlog over its mean per request, {batches} batches"
-    return batch_mean(rates, "req/s", method)
+    method = f"{UNITS[binding]} under backlog over its mean per request"
+    return Stretch(rates, window.duration_s, residences, "req/s", method)
 
 
-def capacity_by_count(
-    frames: RunFrames, window: Backlog, batches: int = CAPACITY_BATCHES
-) -> Estimate:
-    """Saturated service rate from completions under backlog, in requests per second."""
+def completions(frames: RunFrames, window: Backlog) -> Stretch:
+    """Saturated service rate by counting, in requests per second."""
     done = frames.requests[frames.requests["outcome"] == "completed"]
     instants = np.sort(done["last_token_s"].to_numpy(dtype=float))
-    edges = batch_edges(window.start_s, window.end_s, batches)
+    residences = window.duration_s / frames.mean_residence_s
+    edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
     rates = np.diff(np.searchsorted(instants, edges)) / np.diff(edges)
-    return batch_mean(rates, "req/s", f"completions under backlog, {batches} batches")
+    return Stretch(rates, window.duration_s, residences, "req/s", "completions under backlog")
 
 
 def capacity_by_regression(

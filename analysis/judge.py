@@ -11,10 +11,11 @@ from analysis.audit import (
     token_balance,
 )
 from analysis.branches import branch_checks, branch_warnings, two_branches
-from analysis.estimate import Estimate, combined, ratio
+from analysis.estimate import Estimate, ratio
 from analysis.evidence import Evidence, rounding
 from analysis.frames import RunFrames
 from analysis.identity import Identity, identity
+from analysis.long_run import long_run_mean
 from analysis.premises import premises
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity, capacity, judge_run
 from analysis.settling import near_critical
@@ -36,7 +37,7 @@ def judge(evidence: Evidence) -> Verdict:
     # A burst may start waves that serve faster or slower than sustained arrivals do.
     poisson = [c for c in seen if c.run.frames.run.start == "empty"]
     capacities = poisson or seen
-    measured = combined([c.by_work for c in capacities])
+    measured = long_run_mean([c.work for c in capacities]) if capacities else None
     best = max(capacities, key=lambda c: c.saturated.window.duration_s, default=None)
     audited: Identity | None = None
     if best is not None:
@@ -92,8 +93,8 @@ def judge(evidence: Evidence) -> Verdict:
         warnings=branch_warnings(
             pairs,
             predicted.value,
-            [c.by_work for c in poisson],
-            [c.by_work for c in seen if c.run.frames.run.start == "full"],
+            [c.work for c in poisson],
+            [c.work for c in seen if c.run.frames.run.start == "full"],
         ),
     )
 

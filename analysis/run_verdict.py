@@ -12,9 +12,9 @@ from analysis.branches import Judged, judge_from_full
 from analysis.capacity import (
     CAPACITY_BATCHES,
     backlogged_window,
-    capacity_by_count,
     capacity_by_regression,
-    capacity_by_work,
+    completions,
+    work_served,
 )
 from analysis.estimate import Estimate
 from analysis.evidence import (
@@ -33,6 +33,7 @@ from analysis.growth import (
     drift_by_hac,
     why_no_slope,
 )
+from analysis.long_run import Stretch
 from analysis.verdict import NamedEstimate, RunJudgement, RunVerdict
 from analysis.warm_up import warm_up_warning
 
@@ -168,9 +169,13 @@ class Capacity:
 
     run: MeasuredRun
     saturated: Saturation
-    by_work: Estimate
-    by_count: Estimate
+    work: Stretch
+    count: Stretch
     by_regression: Estimate
+
+    @property
+    def by_work(self) -> Estimate:
+        return self.work.estimate
 
 
 def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
@@ -196,7 +201,7 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     return Capacity(
         run,
         saturated,
-        capacity_by_work(run.frames, window, demand, batches, unit),
-        capacity_by_count(run.frames, window, batches),
+        work_served(run.frames, window, demand, unit),
+        completions(run.frames, window),
         capacity_by_regression(run.frames, window, kv_demand, batches),
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.capacity import Backlog, capacity_by_work
+from analysis.capacity import Backlog, work_served
 from analysis.critical_rate import predict
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
@@ -17,7 +17,6 @@ from analysis.step_time import StepTime, exact_step_time
 from loadgen.records import Run
 from loadgen.workload import Workload
 
-BATCHES = 10
 WINDOW_RESIDENCES = 12
 WARM_UP_RESIDENCES = 2.5
 COMPILED_FROM = 1_000_000
@@ -79,6 +78,6 @@ def simulated_rate(
     frames = simulated.frames(run)
     window = Backlog(warm_up_s, frames.end_s)
     demand = workload.mean(work_demand(workload, first.binding))
-    found = capacity_by_work(frames, window, demand, BATCHES, first.binding)
+    found = work_served(frames, window, demand, first.binding).estimate
     completed = int((frames.departures_s >= warm_up_s).sum())
-    return replace(found, method=f"simulated overload, {completed} completions, batch means")
+    return replace(found, method=f"simulated overload, {completed} completions")

@@ -12,6 +12,7 @@ from analysis.capacity import HingePoint, hinge
 from analysis.estimate import Estimate, combined, ratio
 from analysis.evidence import Evidence
 from analysis.identity import Identity
+from analysis.long_run import long_run_mean
 from analysis.prediction import Prediction
 from analysis.run_verdict import Capacity
 from analysis.verdict import AssumedObserved, Check, NamedEstimate, RunJudgement
@@ -102,8 +103,8 @@ def other_measurements(
 ) -> tuple[NamedEstimate, ...]:
     """The critical rate by counting, by regression, and by the hinge over all valid runs."""
     found: list[NamedEstimate] = []
-    counted = combined([c.by_count for c in capacities])
-    if counted is not None:
+    if capacities:
+        counted = long_run_mean([c.count for c in capacities])
         found.append(
             NamedEstimate(name="by count", estimate=counted, note="completions under backlog")
         )

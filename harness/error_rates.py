@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.capacity import backlogged_window, capacity_by_work
+from analysis.capacity import backlogged_window, work_served
 from analysis.critical_rate import predict
 from analysis.engine import EngineLimits, SGLangRules
 from analysis.estimate import Estimate
@@ -141,7 +141,7 @@ def _truth(setting: Setting, prediction: Prediction, requests: int) -> Estimate:
         window = backlogged_window(frames, warmup_s)
         if window is None or window.duration_s < 0.9 * (frames.end_s - warmup_s):
             raise ValueError(f"{setting.name}: {rate:.3g} req/s do not keep its queue non-empty")
-        rates.append(capacity_by_work(frames, window, demand, binding=unit).value)
+        rates.append(work_served(frames, window, demand, unit).mean)
     return Estimate.normal(
         float(np.mean(rates)),
         float(np.std(rates, ddof=1)) / math.sqrt(TRUTH_SEEDS),

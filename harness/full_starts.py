@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from analysis.branches import Branches, two_branches
-from analysis.capacity import CAPACITY_BATCHES, backlogged_window, capacity_by_work
+from analysis.capacity import backlogged_window, work_served
 from analysis.critical_rate import predict
 from analysis.engine import SGLangRules
 from analysis.estimate import Estimate
@@ -113,9 +113,7 @@ def _capacity(setting: Setting, predicted: Prediction, run: Run) -> Estimate:
     if window is None or window.duration_s < least_s:
         raise ValueError(f"{setting.name}: the queue of {run} emptied: raise OVERLOAD")
     demand = setting.workload.mean(work_demand(setting.workload))
-    # Work is spread over a residence: shorter batches would not be independent.
-    batches = max(2, min(CAPACITY_BATCHES, int(window.duration_s / predicted.mean_residence_s)))
-    return capacity_by_work(frames, window, demand, batches)
+    return work_served(frames, window, demand).estimate
 
 
 def branches(setting: Setting, known: Known, rho: float, seed: int, theta: float) -> Branches:

@@ -17,12 +17,11 @@ import pandas as pd
 
 from analysis.audit import KV_BOUND_USAGE, PINNED_SPREAD
 from analysis.capacity import (
-    CAPACITY_BATCHES,
     Backlog,
     backlogged_window,
-    capacity_by_count,
-    capacity_by_work,
+    completions,
     work_of,
+    work_served,
 )
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames
@@ -140,9 +139,8 @@ def occupancy(server: MeasuredServer, window: Backlog) -> tuple[float, float]:
 def departure_rates(server: MeasuredServer, window: Backlog) -> tuple[Estimate, Estimate]:
     """Departures in the window by count, and by work in the unit of what binds, req/s.
 
-    The lengths of all requests of the run stand for the law. Batches are at least a mean residence long
-    where the window holds two or more; where it does not, ten short ones take their place, which are
-    not independent.
+    The lengths of all requests of the run stand for the law. Over fewer than five mean residence times
+    the intervals are too narrow or too wide: what is served is correlated over one.
     """
     frames, unit = server.frames, binding(server, window)
     unit = "kv_cache" if unit == "unknown" else unit
@@ -151,11 +149,9 @@ def departure_rates(server: MeasuredServer, window: Backlog) -> tuple[Estimate, 
         for column in ("prompt_tokens", "max_tokens", "output_tokens")
     )
     demand = float(work_of(unit, prompt, declared, output).mean())
-    residences = int(window.duration_s / frames.mean_residence_s)
-    batches = min(residences, CAPACITY_BATCHES) if residences >= 2 else CAPACITY_BATCHES
     return (
-        capacity_by_count(frames, window, batches),
-        capacity_by_work(frames, window, demand, batches, unit),
+        completions(frames, window).estimate,
+        work_served(frames, window, demand, unit).estimate,
     )
 
 

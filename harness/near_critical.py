@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.estimate import Estimate, combined
+from analysis.estimate import Estimate
 from analysis.evidence import Evidence, MeasuredRun, variance_ratio
 from analysis.frames import RunFrames
+from analysis.long_run import long_run_mean
 from analysis.run_verdict import capacity
 from analysis.settling import Settling, of_run
 from harness.error_rates import Known, Setting, evidence_of, planned, right
@@ -63,7 +64,8 @@ def near_runs(
 
 def _near_run(evidence: Evidence, overloaded: MeasuredRun, run: MeasuredRun, rho: float) -> NearRun:
     capacities = [capacity(r, evidence) for r in (overloaded, run)]
-    measured = combined([c.by_work for c in capacities if c is not None])
+    stretches = [c.work for c in capacities if c is not None]
+    measured = long_run_mean(stretches) if stretches else None
     answer = None
     if measured is not None:
         answer = of_run(run, rho, measured, variance_ratio(evidence.workload))

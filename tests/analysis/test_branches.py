@@ -16,7 +16,7 @@ from analysis.branches import (
     judge_from_full,
     two_branches,
 )
-from analysis.capacity import backlogged_window, capacity_by_count
+from analysis.capacity import backlogged_window, completions
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames
 from analysis.growth import critical_excursion, drift
@@ -235,7 +235,7 @@ def both(rate: float, slow: float, seed: int) -> Branches:
     )
     window = backlogged_window(full, WARMUP_S)
     assert window is not None
-    served = {f"{rate:.2f}-full": capacity_by_count(full, window)}
+    served = {f"{rate:.2f}-full": completions(full, window).estimate}
     return two_branches([judged(empty), judged(full)], served)[0]
 
 

@@ -7,12 +7,12 @@ from analysis.capacity import (
     Backlog,
     HingePoint,
     backlogged_window,
-    capacity_by_count,
     capacity_by_regression,
-    capacity_by_work,
+    completions,
     hinge,
     work_done,
     work_of,
+    work_served,
 )
 from analysis.critical_rate import predict
 from analysis.engine import EngineLimits, EngineSample
@@ -84,9 +84,9 @@ def estimates(
 ) -> dict[str, list[tuple[float, float, float]]]:
     """Value, low and high of each estimator over short runs, over the rate of a long one."""
     demand, kv_demand = (workload.mean(work_demand(workload, b)) for b in (binding, "kv_cache"))
-    truth = capacity_by_work(
-        overloaded(workload, bounds, 99, 200.0), Backlog(10.0, 199.0), demand, 20, binding
-    ).value
+    truth = work_served(
+        overloaded(workload, bounds, 99, 200.0), Backlog(10.0, 199.0), demand, binding
+    ).mean
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ESTIMATORS}
     for seed in range(runs):
         frames = overloaded(workload, bounds, seed, 20.0)
@@ -95,9 +95,9 @@ def estimates(
         for name, e in zip(
             ESTIMATORS,
             (
-                capacity_by_work(frames, window, demand, binding=binding),
+                work_served(frames, window, demand, binding).estimate,
                 capacity_by_regression(frames, window, kv_demand),
-                capacity_by_count(frames, window),
+                completions(frames, window).estimate,
             ),
             strict=True,
         ):
@@ -132,7 +132,7 @@ def test_a_regression_on_what_does_not_vary_is_the_mean() -> None:
     demand = workload.mean(work_demand(workload))
     window = Backlog(5.0, 19.0)
     found = capacity_by_regression(frames, window, demand)
-    counted = capacity_by_count(frames, window)
+    counted = completions(frames, window).estimate
     assert found.low <= counted.value <= found.high
     with pytest.raises(ValueError, match="four batches"):
         capacity_by_regression(frames, window, demand, batches=3)
@@ -150,7 +150,7 @@ def test_a_regression_takes_out_the_lengths() -> None:
     run = Run(id="x", arrival_rate=len(records) / now_s, horizon_s=now_s, warmup_s=0.0, seed=1)
     frames = run_frames(run, 0, round(now_s * 1e9), records, [])
     found = capacity_by_regression(frames, Backlog(0.0, now_s), (10 + 33) / 2, batches=20)
-    counted = capacity_by_count(frames, Backlog(0.0, now_s), batches=20)
+    counted = completions(frames, Backlog(0.0, now_s)).estimate
     assert found.value == pytest.approx(10.0, rel=0.02)
     assert found.half_width < counted.half_width / 3
 
@@ -186,7 +186,7 @@ def test_hinge_finds_the_rate_and_says_nothing_without_growth() -> None:
     assert hinge([HingePoint(8.0, 0.01, 0.3), HingePoint(9.0, -0.02, 0.3)]) is None
 
 
-def test_capacity_by_work_does_not_depend_on_which_lengths_were_served() -> None:
+def test_work_served_does_not_depend_on_which_lengths_were_served() -> None:
     """Ten servers that each serve one request after another, one token every 10 ms."""
     rng = np.random.default_rng(5)
     records, number = [], 0
@@ -205,8 +205,8 @@ def test_capacity_by_work_does_not_depend_on_which_lengths_were_served() -> None
     truth = 10 / (0.01 * outputs.mean())
     window = backlogged_window(frames, 5.0)
     assert window is not None
-    found = capacity_by_work(frames, window, demand)
-    assert found.value == pytest.approx(truth, rel=0.06)
+    found = work_served(frames, window, demand)
+    assert found.mean == pytest.approx(truth, rel=0.06)
 
 
 def samples(end_s: float, waiting: int) -> list[EngineSample]:
