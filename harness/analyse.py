@@ -11,9 +11,9 @@ import yaml
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.evidence import Evidence, MeasuredRun
-from analysis.frames import RunFrames, run_frames
+from analysis.frames import run_frames
 from analysis.judge import judge
-from analysis.pace import Pace, busy_step_s
+from analysis.pace import Pace
 from analysis.prediction import Claim, Prediction
 from analysis.report import ReportContext, report_html, report_md
 from analysis.verdict import Verdict
@@ -93,15 +93,11 @@ def load_evidence(store: Store, claim: Claim | None = None) -> Evidence:
     )
 
 
-def _pace(store: Store, config: ExperimentConfig, run: StoredRun, frames: RunFrames) -> Pace | None:
-    """How the run kept the step time that was set; None where none was, or too few steps were seen."""
+def _pace(store: Store, config: ExperimentConfig, run: StoredRun) -> Pace | None:
+    """How the run kept the step time that was set; None where none was."""
     launch = None if config.server is None else config.server.launch
     if launch is None or launch.step_time is None:
         return None
-    if launch.runs == "sglang":
-        step_s = busy_step_s(frames)
-        set_s = launch.step_time.law().b0_s
-        return None if step_s is None else Pace(step_s, set_s, sleeps=True)
     if not store.has(PACE_LOG):
         raise StoreError(
             f"{store.path} has no {PACE_LOG}: the paced engine's own record; restore it"
@@ -126,9 +122,7 @@ def _measured(store: Store, config: ExperimentConfig, run: StoredRun) -> Measure
     assert run.end is not None
     if run.end["reason"] != "horizon":
         warnings.append(f"it ended early: {run.end['reason']}")
-    pace = _pace(store, config, run, frames)
-    if pace is None and config.server is not None and config.server.emulated:
-        warnings.append("its step time was set; too few steps were seen to say whether it was kept")
+    pace = _pace(store, config, run)
     stats = run.end.get("sampler")
     if stats and stats["failures"]:
         warnings.append(
@@ -176,12 +170,7 @@ def _mode(config: ExperimentConfig) -> str:
     if config.server is not None and config.server.launch is not None:
         if not config.server.emulated:
             return "a real engine, started for the run"
-        if config.server.launch.runs == "vllm":
-            return "emulation: the scheduler is real, the time is set"
-        return (
-            "emulation: the scheduler is real, the time is set (approximately: every step sleeps that "
-            "much longer)"
-        )
+        return "emulation: the scheduler is real, the time is set"
     return "a running server, driven over HTTP"
 
 

@@ -134,12 +134,6 @@ class LaunchConfig(Section):
                 )
         if self.runs == "vllm" and self.runs_on == "cpu" and (self.block_size or 32) % 32:
             raise ValueError("block_size: on a CPU vLLM takes multiples of 32")
-        if self.runs == "sglang" and self.step_time is not None:
-            law = self.step_time
-            if law.b1_us_per_token or law.b2_ns_per_kv_token or law.b3_us_per_request:
-                raise ValueError(
-                    "step_time: SGLang only takes b0_ms, a sleep in every step; use vLLM for the others"
-                )
         return self
 
     @property
@@ -233,9 +227,7 @@ def _vllm(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if launch.step_time is not None:
         line += ["--scheduler-cls", "critrate_paced.PacedScheduler", "--no-async-scheduling"]
-        env["PYTHONPATH"] = str(ENGINE_SIDE / "vllm_paced")
-        env["CRITRATE_STEP_TIME"] = json.dumps(asdict(launch.step_time.law()))
-        env["CRITRATE_PACE_LOG"] = str(where.pace_log)
+        env |= _paced(launch.step_time, where, ENGINE_SIDE / "vllm_paced")
     return [*line, *launch.arguments], env
 
 
@@ -267,8 +259,21 @@ def _sglang(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, st
         line += ["--sampling-backend", "pytorch", "--dtype", "bfloat16"]
         line += ["--disable-cuda-graph", "--disable-overlap-schedule"]
         env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = str(ENGINE_SIDE / "sglang_cpu_shims")
+        env["PYTHONPATH"] = str(ENGINE_SIDE / "sglang_shims")
+    if launch.step_time is not None:
+        if launch.runs_on == "gpu":
+            line += ["--disable-overlap-schedule"]
+        env |= _paced(launch.step_time, where, ENGINE_SIDE / "sglang_shims")
     return [*line, *launch.arguments], env
+
+
+def _paced(law: StepTimeConfig, where: Place, hooks: Path) -> dict[str, str]:
+    """What holds the engine's steps, in its own process."""
+    return {
+        "PYTHONPATH": os.pathsep.join(map(str, (hooks, ENGINE_SIDE / "pacing"))),
+        "CRITRATE_STEP_TIME": json.dumps(asdict(law.law())),
+        "CRITRATE_PACE_LOG": str(where.pace_log),
+    }
 
 
 def _option(flag: str, value: int | None) -> list[str]:

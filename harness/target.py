@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from harness.engines import ENGINES, MOCKS, EngineFacts, mock_argv
 from harness.environment import redacted
 from harness.launch import ENVIRONMENTS, PACE_LOG, LaunchConfig, argv, place
 from harness.limits import read_limits
-from harness.server import Server, ServerFailed, attached, free_port, launched
+from harness.server import Server, attached, free_port, launched
 from harness.server_limits import ServerLimits
 from harness.store import Store
 from loadgen.workload import Workload
@@ -62,8 +61,6 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
         shown = await read_limits(session, url, facts, blocks)
         if server.launch is not None:
             require_as_asked(server.launch, shown)
-            if server.launch.runs == "sglang" and server.launch.step_time is not None:
-                await slow_down(session, url, server.launch.step_time.b0_ms * 1e-3)
         yield Target(url, facts, session, shown, engine_limits(shown, config), running.poll)
 
 
@@ -121,20 +118,6 @@ def require_as_asked(launch: LaunchConfig, shown: ServerLimits) -> None:
         raise ConfigError(
             f"server.launch.environment: {made.name} is {made.engine} {made.version}, the server shows "
             f"{shown.version}: make it anew with scripts/engine-env, or give the path of a Python"
-        )
-
-
-async def slow_down(session: aiohttp.ClientSession, url: str, sleep_s: float) -> None:
-    """Make every forward pass of an SGLang sleep so much longer. Raises ServerFailed if it refuses."""
-    body = json.dumps({"forward_sleep_time": sleep_s})
-    try:
-        async with session.post(f"{url}/slow_down", data=body) as response:
-            status = response.status
-    except aiohttp.ClientError as error:
-        raise ServerFailed(f"{url}/slow_down failed: {type(error).__name__}: {error}") from error
-    if status != 200:
-        raise ServerFailed(
-            f"{url}/slow_down answers {status}: this SGLang cannot be paced, leave step_time out"
         )
 
 

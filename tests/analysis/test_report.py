@@ -90,7 +90,7 @@ def judge(frames: RunFrames) -> RunJudgement:
         waiting=4.5,
         backlogged=0.27,
         step_time_s=Estimate.normal(0.02, 4e-5, "s", "steps over time"),
-        pace=Pace(0.032, 0.025, sleeps=True) if run.arrival_rate > CRITICAL else None,
+        pace=Pace(0.0252, 0.025) if run.arrival_rate > CRITICAL else None,
         ttft_p50_s=0.034,
         ttft_p95_s=0.41,
     )
@@ -252,7 +252,7 @@ def test_what_was_set_is_said_wherever_the_result_is(page: str, verdict: Verdict
     for text in (unescape(page), report_md(verdict, CONTEXT), str(verdict.to_dict())):
         assert verdict.mode in text
     for text in (unescape(page).replace(NO_BREAK, " "), report_md(verdict, CONTEXT)):
-        assert "sleeps 25.00 ms, takes +7.00 ms of its own (+28.0 %)" in text
+        assert "25.00 ms by the law, kept within +0.8 %" in text
 
 
 def test_the_same_input_gives_the_same_bytes(verdict: Verdict, frames: list[RunFrames]) -> None:

@@ -14,35 +14,14 @@ an engine does that was idle before. A line is written when it happens, so that 
 process is ended.
 """
 
-import importlib.util
 import json
 import os
-import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
-WRITTEN_FOR = "0.5.23"
-SCHEDULER = "sglang.srt.managers.scheduler"
+from critrate_hook import change_scheduler
+
 IDLE_ITERATIONS = 2
-
-
-class WatchScheduler:
-    """Runs once, when the module of the scheduler is imported; finds no module itself."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != SCHEDULER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def and_watch(module: Any) -> None:
-            execute(module)
-            watch(module.Scheduler)
-
-        spec.loader.exec_module = and_watch
-        return spec
 
 
 class Log:
@@ -61,10 +40,6 @@ class Log:
 
 def watch(scheduler: Any) -> None:
     """Wrap the methods of the class where requests come, steps are chosen, results are processed."""
-    if version("sglang") != WRITTEN_FOR:
-        raise RuntimeError(
-            f"the recorder is written for SGLang {WRITTEN_FOR}: unset CRITRATE_STEP_LOG"
-        )
     log = Log()
     queue = scheduler._add_request_to_queue
     choose = scheduler.get_next_batch_to_run
@@ -125,4 +100,4 @@ def watch(scheduler: Any) -> None:
     scheduler.abort_request = abort_request
 
 
-sys.meta_path.insert(0, WatchScheduler())
+change_scheduler(watch, "CRITRATE_STEP_LOG")

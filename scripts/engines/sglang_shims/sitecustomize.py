@@ -35,5 +35,8 @@ class DeclareOperators:
 finder = DeclareOperators()  # a name of its own: what it declares goes when it goes
 sys.meta_path.insert(0, finder)
 
+# The recorder comes last: it sees the steps as they were held.
+if "CRITRATE_STEP_TIME" in os.environ:
+    import critrate_paced  # noqa: F401
 if "CRITRATE_STEP_LOG" in os.environ:
     import critrate_recorded  # noqa: F401
