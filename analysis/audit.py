@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.capacity import Backlog
@@ -73,8 +72,7 @@ class Saturation:
 
 def counter_at(frames: RunFrames, column: str, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
     """A counter of the engine, interpolated between samples, shape of ``at_s``."""
-    times = frames.engine["t_s"].to_numpy(dtype=float)
-    values = frames.engine[column].to_numpy(dtype=float)
+    times, values = frames.per_sample("t_s"), frames.per_sample(column)
     result: NDArray[np.float64] = np.interp(at_s, times, values)
     return result
 
@@ -108,18 +106,18 @@ def saturation(
     mean_step = step_time(frames, window.start_s, window.end_s)
     if mean_step is None:
         return None
-    engine = frames.engine
-    inside = engine[(engine["t_s"] >= window.start_s) & (engine["t_s"] <= window.end_s)]
-    running = inside["running"].to_numpy(dtype=float)
+    times = frames.per_sample("t_s")
+    inside = (times >= window.start_s) & (times <= window.end_s)
+    running = frames.per_sample("running")[inside]
     edges = batch_edges(window.start_s, window.end_s, STEP_BATCHES)
     steps = np.diff(counter_at(frames, "steps", edges))
     tokens, finished, preempted = (
         np.diff(counter_at(frames, column, edges[[0, -1]]))[0]
         for column in ("step_tokens", "finished", "preemptions")
     )
-    done = frames.requests[frames.requests["outcome"] == "completed"]
-    held = done["prompt_tokens"] + done["output_tokens"] - 1
-    blocks = float(np.ceil(held / limits.block_size).mean()) if len(done) else 0.0
+    prompts, outputs = frames.per_request("prompt_tokens"), frames.per_request("output_tokens")
+    held = (prompts + outputs - 1)[frames.completed]
+    blocks = float(np.ceil(held / limits.block_size).mean()) if len(held) else 0.0
     returned = float(finished / steps.sum()) * blocks / limits.num_blocks
     at_s = np.linspace(window.start_s, window.end_s, OCCUPANCY_INSTANTS)
     ratio = set_aside_ratio(frames, at_s, limits, workload.ignore_eos)
@@ -127,7 +125,7 @@ def saturation(
     left = unusable_share(workload, limits, float(ratio.mean()))
     return Saturation(
         window=window,
-        kv_usage=min(float(inside["kv_usage"].mean()) + returned, 1.0),
+        kv_usage=min(float(frames.per_sample("kv_usage")[inside].mean()) + returned, 1.0),
         kv_returned=returned,
         running=float(running.mean()),
         running_max=int(running.max()),
@@ -138,17 +136,18 @@ def saturation(
         preemptions_per_request=float(preempted / max(finished, 1.0)),
         set_aside=float(aside.mean()),
         full_at=min(KV_BOUND_USAGE, NEARLY_ALL - HEAD_ROOM * left),
-        steps_per_decode=_token_gap_s(done, window) / mean_step.value if limits.sglang else 1.0,
+        steps_per_decode=_token_gap_s(frames, window) / mean_step.value if limits.sglang else 1.0,
     )
 
 
-def _token_gap_s(done: pd.DataFrame, window: Backlog) -> float:
+def _token_gap_s(frames: RunFrames, window: Backlog) -> float:
     """Mean seconds from one token to the next, of the requests that ended in the window."""
-    inside = done[
-        (done["first_token_s"] >= window.start_s) & (done["last_token_s"] <= window.end_s)
-    ]
-    gaps = (inside["output_tokens"] - 1).sum()
-    return float((inside["last_token_s"] - inside["first_token_s"]).sum() / max(gaps, 1))
+    first, last, tokens = (
+        frames.per_request(column) for column in ("first_token_s", "last_token_s", "output_tokens")
+    )
+    inside = frames.completed & (first >= window.start_s) & (last <= window.end_s)
+    gaps = (tokens[inside] - 1).sum()
+    return float((last - first)[inside].sum() / max(gaps, 1))
 
 
 def binding_resource(saturated: Saturation, limits: EngineLimits) -> str:
@@ -174,11 +173,10 @@ def binding_resource(saturated: Saturation, limits: EngineLimits) -> str:
 
 def conservation(frames: RunFrames) -> Check:
     """Each arrival is recorded once, and the server finished as many requests as left the client."""
-    requests = frames.requests
-    duplicated = int(requests["id"].duplicated().sum())
-    completed = requests["outcome"] == "completed"
-    no_end = int(requests.loc[completed, "last_token_s"].isna().sum())
-    times = frames.engine["t_s"].to_numpy(dtype=float)
+    arrivals = len(frames.requests)
+    duplicated = arrivals - len(np.unique(frames.per_request("id")))
+    no_end = int(np.isnan(frames.per_request("last_token_s")[frames.completed]).sum())
+    times = frames.per_sample("t_s")
     times = times[(times >= 0) & (times <= frames.end_s)]
     if len(times) < MIN_SAMPLES:
         text = f"fewer than {MIN_SAMPLES} engine samples"
@@ -191,7 +189,7 @@ def conservation(frames: RunFrames) -> Check:
     allowed = (
         FOREIGN_REQUESTS
         + BALANCE_TOLERANCE * server
-        + IN_FLIGHT_SHARE * float(frames.engine["running"].max())
+        + IN_FLIGHT_SHARE * float(frames.per_sample("running").max())
     )
     return Check(
         name=f"{frames.run.id}: departures",
@@ -200,7 +198,7 @@ def conservation(frames: RunFrames) -> Check:
         threshold=allowed,
         text=f"{client:.0f} departures by the client, {server:.0f} finished by the server's counter "
         f"(allowed to differ by {allowed:.0f}: in flight and {100 * BALANCE_TOLERANCE:.0f} %); of "
-        f"{len(requests)} arrivals {duplicated} were recorded twice, {no_end} completed without end",
+        f"{arrivals} arrivals {duplicated} were recorded twice, {no_end} completed without end",
     )
 
 
@@ -212,14 +210,14 @@ def client_equals_server(frames: RunFrames) -> Check:
     engine holds requests that we did not send, when more than a tenth of N is in flight, or when that
     grows: then the front end, not the engine, is the bottleneck, or a gauge is wrong.
     """
-    engine = frames.engine
-    inside = engine[(engine["t_s"] >= 0) & (engine["t_s"] <= frames.end_s)]
+    times = frames.per_sample("t_s")
+    inside = (times >= 0) & (times <= frames.end_s)
     name = f"{frames.run.id}: client N = waiting + running + in flight"
-    if len(inside) < MIN_SAMPLES:
+    if inside.sum() < MIN_SAMPLES:
         text = f"fewer than {MIN_SAMPLES} engine samples"
         return Check(name=name, holds=None, observed=0.0, threshold=IN_FLIGHT_SHARE, text=text)
-    read, seen = (inside[column].to_numpy(dtype=float) for column in ("read_s", "t_s"))
-    server = (inside["waiting"] + inside["running"]).to_numpy(dtype=float)
+    read, seen = frames.per_sample("read_s")[inside], times[inside]
+    server = (frames.per_sample("waiting") + frames.per_sample("running"))[inside]
     client = (number_in_system(frames, read) + number_in_system(frames, seen)) / 2
     flying = client - server
     foreign = float((flying < -(FOREIGN_REQUESTS + 0.02 * client)).mean())
@@ -245,7 +243,7 @@ def client_equals_server(frames: RunFrames) -> Check:
 
 def token_balance(frames: RunFrames) -> Check:
     """Tokens generated by the server's counter against tokens received by the client."""
-    times = frames.engine["t_s"].to_numpy(dtype=float)
+    times = frames.per_sample("t_s")
     name = f"{frames.run.id}: tokens sent = tokens received"
     times = times[(times >= 0) & (times <= frames.end_s)]
     if len(times) < 2:
@@ -259,7 +257,7 @@ def token_balance(frames: RunFrames) -> Check:
     ends = times[[0, -1]]
     server = float(np.diff(counter_at(frames, "generation_tokens", ends))[0])
     client = float(np.diff(tokens_received(frames, ends).sum(axis=0))[0])
-    running = float(frames.engine["running"].max())
+    running = float(frames.per_sample("running").max())
     allowed = BALANCE_TOLERANCE + 2 * running / max(server, 1.0)
     difference = client / max(server, 1.0) - 1.0
     return Check(

@@ -13,12 +13,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.stats import chi2, t
 
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames, tokens_received
 from analysis.growth import batch_edges
 from analysis.long_run import Stretch, bins_of
+from analysis.quantiles import chi2_quantile, student_quantile
 
 Number = TypeVar("Number", float, NDArray[np.float64])
 
@@ -66,9 +66,9 @@ def work_done(
     frames: RunFrames, at_s: NDArray[np.float64], binding: str = "kv_cache"
 ) -> NDArray[np.float64]:
     """Work served until each instant, in the unit of ``binding`` (`work_of`), shape of ``at_s``."""
-    begun = frames.started
     prompt, declared = (
-        begun[column].to_numpy(dtype=float)[:, None] for column in ("prompt_tokens", "max_tokens")
+        frames.per_request(column)[frames.started, None]
+        for column in ("prompt_tokens", "max_tokens")
     )
     tokens = tokens_received(frames, at_s)
     result: NDArray[np.float64] = work_of(binding, prompt, declared, tokens).sum(axis=0)
@@ -101,10 +101,10 @@ class Backlog:
 
 def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
     """Longest suffix-to-gap stretch after ``start_s`` with waiting > 0 in every sample; None if none."""
-    engine = frames.engine
-    inside = engine[(engine["t_s"] >= start_s) & (engine["t_s"] <= frames.end_s)]
-    times = inside["t_s"].to_numpy(dtype=float)
-    waiting = inside["waiting"].to_numpy(dtype=float) > 0
+    seen_s = frames.per_sample("t_s")
+    inside = (seen_s >= start_s) & (seen_s <= frames.end_s)
+    times = seen_s[inside]
+    waiting = frames.per_sample("waiting")[inside] > 0
     best: Backlog | None = None
     begin: int | None = None
     for i, busy in enumerate([*waiting.tolist(), False]):
@@ -136,8 +136,7 @@ def work_served(
 
 def completions(frames: RunFrames, window: Backlog) -> Stretch:
     """Saturated service rate by counting, in requests per second."""
-    done = frames.requests[frames.requests["outcome"] == "completed"]
-    instants = np.sort(done["last_token_s"].to_numpy(dtype=float))
+    instants = np.sort(frames.per_request("last_token_s")[frames.completed])
     residences = window.duration_s / frames.mean_residence_s
     edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
     rates = np.diff(np.searchsorted(instants, edges)) / np.diff(edges)
@@ -159,16 +158,15 @@ def capacity_by_regression(
     if batches < 4:
         raise ValueError(f"a regression on two variates needs four batches or more, got {batches}")
     edges = batch_edges(window.start_s, window.end_s, batches)
-    done = frames.requests[frames.requests["outcome"] == "completed"]
     prompt, tokens, left_s = (
-        done[column].to_numpy(dtype=float)
+        frames.per_request(column)[frames.completed]
         for column in ("prompt_tokens", "output_tokens", "last_token_s")
     )
     excess = kv_work(prompt, tokens) / kv_demand - 1.0
     arrived, completed, beyond = (
         np.histogram(instants, edges, weights=weights)[0] / np.diff(edges)
         for instants, weights in (
-            (frames.requests["scheduled_s"].to_numpy(dtype=float), None),
+            (frames.per_request("scheduled_s"), None),
             (left_s, None),
             (left_s, excess),
         )
@@ -180,7 +178,7 @@ def capacity_by_regression(
     residual = completed - variates @ coefficients
     freedom = batches - int(np.linalg.matrix_rank(variates))
     variance = float(residual @ residual) / freedom * float(inverse[0, 0])
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
+    half = student_quantile(0.975, freedom) * math.sqrt(variance)
     value = float(coefficients[0])
     method = f"completions under backlog given lengths and arrivals, {batches} batches"
     return Estimate(value, value - half, value + half, 0.95, "req/s", method)
@@ -208,20 +206,26 @@ def hinge(points: Sequence[HingePoint]) -> Estimate | None:
     drifts = np.array([p.drift for p in points])
     errors = np.maximum(np.array([p.standard_error for p in points]), 1e-9)
 
-    def misfit(critical: float) -> float:
-        residual = (drifts - np.maximum(0.0, rates - critical)) / errors
-        return float(residual @ residual)
+    def misfit(critical: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Chi-square of each of the critical rates, shape (n,)."""
+        beyond = np.maximum(0.0, rates - critical[:, None])
+        return np.asarray((((drifts - beyond) / errors) ** 2).sum(axis=1))
 
     low, high = float((rates - drifts).min()), float(rates.max())
     pad = max(high - low, 1e-6)
     grid = np.linspace(max(low - pad, 0.0), high, 801)
-    start = grid[int(np.argmin([misfit(float(c)) for c in grid]))]
+    over_grid = misfit(grid)
+    start = grid[int(np.argmin(over_grid))]
     step = grid[1] - grid[0]
-    best = minimize_scalar(misfit, bounds=(start - step, start + step), method="bounded")
+    best = minimize_scalar(
+        lambda critical: float(misfit(np.array([critical]))[0]),
+        bounds=(start - step, start + step),
+        method="bounded",
+    )
     value = float(best.x)
     inflation = max(1.0, float(best.fun) / max(len(points) - 1, 1))
-    limit = float(best.fun) + float(chi2.ppf(0.95, 1)) * inflation
-    inside = [float(c) for c in grid if misfit(float(c)) <= limit]
+    limit = float(best.fun) + chi2_quantile(0.95, 1) * inflation
+    inside = grid[over_grid <= limit].tolist()
     return Estimate(
         value,
         min([value, *inside]),

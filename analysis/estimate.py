@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+
+from analysis.quantiles import normal_quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Estimate:
         value: float, standard_error: float, unit: str, method: str, level: float = 0.95
     ) -> Estimate:
         """Symmetric interval of a normally distributed estimator."""
-        half = float(norm.ppf(0.5 + level / 2)) * standard_error
+        half = normal_quantile(0.5 + level / 2) * standard_error
         return Estimate(value, value - half, value + half, level, unit, method)
 
     @staticmethod
@@ -49,7 +50,7 @@ class Estimate:
         """95 % interval of a positive number from its relative error; exact if that is 0."""
         if relative_error == 0.0:
             return Estimate.exact(value, unit, method)
-        spread = math.exp(float(norm.ppf(0.975)) * relative_error)
+        spread = math.exp(normal_quantile(0.975) * relative_error)
         return Estimate(value, value / spread, value * spread, 0.95, unit, method)
 
     @property
@@ -61,13 +62,13 @@ class Estimate:
         """Half width over the normal quantile; 0 for an exact number."""
         if self.level == 1.0:
             return 0.0
-        return self.half_width / float(norm.ppf(0.5 + self.level / 2))
+        return self.half_width / normal_quantile(0.5 + self.level / 2)
 
     def at_level(self, level: float) -> Estimate:
         """The same estimate with the interval of another level (normal approximation)."""
         if self.level == 1.0:
             return self
-        factor = float(norm.ppf(0.5 + level / 2)) / float(norm.ppf(0.5 + self.level / 2))
+        factor = normal_quantile(0.5 + level / 2) / normal_quantile(0.5 + self.level / 2)
         return Estimate(
             self.value,
             self.value - factor * (self.value - self.low),
@@ -109,7 +110,7 @@ def ratio(numerator: Estimate, denominator: Estimate, method: str) -> Estimate:
     relative = math.hypot(
         numerator.standard_error / numerator.value, denominator.standard_error / denominator.value
     )
-    spread = math.exp(float(norm.ppf(0.975)) * relative)
+    spread = math.exp(normal_quantile(0.975) * relative)
     return Estimate(value, value / spread, value * spread, 0.95, "", method)
 
 

@@ -36,6 +36,29 @@ class RunFrames:
     gpu: pd.DataFrame
 
     @cached_property
+    def _columns(self) -> dict[tuple[str, str], NDArray[np.float64]]:
+        return {}
+
+    def per_request(self, column: str) -> NDArray[np.float64]:
+        """A column of ``requests`` as numbers, shape (requests,)."""
+        return self._as_numbers("requests", column)
+
+    def per_sample(self, column: str) -> NDArray[np.float64]:
+        """A column of ``engine`` as numbers, shape (samples,)."""
+        return self._as_numbers("engine", column)
+
+    def _as_numbers(self, frame: str, column: str) -> NDArray[np.float64]:
+        kept = self._columns
+        if (frame, column) not in kept:
+            kept[frame, column] = getattr(self, frame)[column].to_numpy(dtype=float)
+        return kept[frame, column]
+
+    @cached_property
+    def completed(self) -> NDArray[np.bool_]:
+        """Which requests came to their end, shape (requests,)."""
+        return np.asarray(self.requests["outcome"] == "completed", dtype=bool)
+
+    @cached_property
     def departures_s(self) -> NDArray[np.float64]:
         """Sorted instants at which requests left the system before the end of the run, shape (k,).
 
@@ -43,19 +66,16 @@ class RunFrames:
         arrival, so that it never stands in N(t).
         """
         outcome = self.requests["outcome"].to_numpy()
-        last, due = (
-            self.requests[column].to_numpy(dtype=float)
-            for column in ("last_token_s", "scheduled_s")
-        )
+        last, due = self.per_request("last_token_s"), self.per_request("scheduled_s")
         gone = np.isin(outcome, ["rejected", "failed", "timed_out"])
-        instants = np.where(gone, due, np.where(outcome == "completed", last, np.nan))
+        instants = np.where(gone, due, np.where(self.completed, last, np.nan))
         return np.sort(instants[instants <= self.end_s])
 
     @cached_property
-    def started(self) -> pd.DataFrame:
-        """The requests that received at least one token."""
-        requests = self.requests
-        return requests[requests["first_token_s"].notna() & (requests["output_tokens"] > 0)]
+    def started(self) -> NDArray[np.bool_]:
+        """Which requests received at least one token, shape (requests,)."""
+        first, tokens = self.per_request("first_token_s"), self.per_request("output_tokens")
+        return np.asarray(~np.isnan(first) & (tokens > 0))
 
     @cached_property
     def mean_residence_s(self) -> float:
@@ -64,11 +84,8 @@ class RunFrames:
         Little's law: all time spent in service until the end of the run over all that completed, so that
         the short ones, which are the first to complete, do not stand for all.
         """
-        first, last = (
-            self.requests[column].to_numpy(dtype=float)
-            for column in ("first_token_s", "last_token_s")
-        )
-        done = (self.requests["outcome"] == "completed").to_numpy() & (last <= self.end_s)
+        first, last = self.per_request("first_token_s"), self.per_request("last_token_s")
+        done = self.completed & (last <= self.end_s)
         if not done.any():
             return math.inf
         in_service_s = np.where(done, last, self.end_s) - first
@@ -103,7 +120,7 @@ def run_frames(
 
 def number_in_system(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """N(t) = scheduled minus departed at each instant, seen from the client; shape of ``at_s``."""
-    arrived = np.searchsorted(frames.requests["scheduled_s"].to_numpy(dtype=float), at_s, "right")
+    arrived = np.searchsorted(frames.per_request("scheduled_s"), at_s, "right")
     departed = np.searchsorted(frames.departures_s, at_s, "right")
     result: NDArray[np.int64] = arrived - departed
     return result
@@ -115,9 +132,8 @@ def tokens_received(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.
     Shape (started requests, instants), rows in the order of ``started``. Between its first and its last
     token a request is taken to progress evenly.
     """
-    begun = frames.started
     first, last, got = (
-        begun[column].to_numpy(dtype=float)[:, None]
+        frames.per_request(column)[frames.started, None]
         for column in ("first_token_s", "last_token_s", "output_tokens")
     )
     progress = np.clip((at_s[None, :] - first) / np.maximum(last - first, 1e-9), 0.0, 1.0)

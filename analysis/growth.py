@@ -12,10 +12,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import chi2, norm, t
+from scipy.special import ndtr, ndtri
+from scipy.stats import chi2
 
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames, number_in_system
+from analysis.quantiles import chi2_quantile, normal_quantile, student_quantile
 
 DRIFT_BATCHES = 6
 """Few batches: in a stable run increments of N over neighbouring batches cancel, so the batch-means
@@ -45,7 +47,9 @@ def batch_mean(rates: NDArray[np.float64], unit: str, method: str, level: float 
     """Mean of per-batch rates with Student's interval."""
     count = len(rates)
     half = (
-        float(t.ppf(0.5 + level / 2, count - 1)) * float(np.std(rates, ddof=1)) / math.sqrt(count)
+        student_quantile(0.5 + level / 2, count - 1)
+        * float(np.std(rates, ddof=1))
+        / math.sqrt(count)
     )
     value = float(np.mean(rates))
     return Estimate(value, value - half, value + half, level, unit, method)
@@ -132,7 +136,7 @@ def drift_by_end_point(
     value = float(_increments(frames, start_s, end_s, 1)[0])
     ends = np.array([start_s, end_s])
     departed = float(np.diff(np.searchsorted(frames.departures_s, ends, "right"))[0])
-    scheduled = frames.requests["scheduled_s"].to_numpy(dtype=float)
+    scheduled = frames.per_request("scheduled_s")
     arrived = float(np.diff(np.searchsorted(scheduled, ends, "right"))[0])
     error = math.sqrt(arrived + departed * (variance_ratio - 1.0)) / (end_s - start_s)
     method = (
@@ -159,7 +163,7 @@ def critical_excursion(
     A reflected Brownian motion: |N(0,1)| * sqrt(rate * (ca2 + cd2) * T) (theory.md 6.1). A run "grows"
     only beyond this. ``variance_ratio`` is ca2 + cd2.
     """
-    z = float(norm.ppf(0.5 + level / 2))
+    z = normal_quantile(0.5 + level / 2)
     return z * math.sqrt(rate * variance_ratio * duration_s)
 
 
@@ -172,9 +176,9 @@ def growth_power(excess: float, variance_ratio: float, requests: float) -> float
     """
     shift = abs(excess) * math.sqrt(requests / variance_ratio)
     freedom = DRIFT_BATCHES - 1
-    by_batches = float(t.ppf(GROWTH_LEVEL, freedom)) * _scatters(freedom)
-    by_excursion = float(norm.ppf(0.5 + GROWTH_LEVEL / 2))
-    return float(np.mean(norm.sf(np.maximum(by_batches, by_excursion) - shift)))
+    by_batches = student_quantile(GROWTH_LEVEL, freedom) * _scatters(freedom)
+    by_excursion = normal_quantile(0.5 + GROWTH_LEVEL / 2)
+    return float(np.mean(ndtr(shift - np.maximum(by_batches, by_excursion))))
 
 
 @cache
@@ -219,8 +223,8 @@ def stability_duration(stable_below: float, variance: float, power: float) -> fl
     freedom. Both terms are taken at the same probability, which errs on the safe side.
     """
     freedom = DRIFT_BATCHES - 1
-    spread = math.sqrt(2 * DRIFT_BATCHES * float(chi2.ppf(power, freedom)) / freedom)
-    scale = float(t.ppf(0.95, freedom)) * spread + math.sqrt(2) * float(norm.ppf(power))
+    spread = math.sqrt(2 * DRIFT_BATCHES * chi2_quantile(power, freedom) / freedom)
+    scale = student_quantile(0.95, freedom) * spread + math.sqrt(2) * float(ndtri(power))
     return scale * math.sqrt(variance) / stable_below
 
 

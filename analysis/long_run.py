@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dct
-from scipy.stats import f, t
 
 from analysis.estimate import Estimate
+from analysis.quantiles import f_quantile, student_quantile
 
 BINS_PER_RESIDENCE = 4
 """A wave lasts a residence or less: in coarser bins it would look like a slower one."""
@@ -85,9 +85,9 @@ def long_run_mean(stretches: Sequence[Stretch]) -> Estimate:
     between, others = float(lengths @ (means - value) ** 2), len(stretches) - 1
     freedom = len(within) + others
     variance = (float(within.sum()) + between) / freedom
-    if others and between / others > float(f.ppf(DIFFERENT, others, len(within))) * within.mean():
+    if others and between / others > f_quantile(DIFFERENT, others, len(within)) * within.mean():
         variance, freedom = between / others, others
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance / float(lengths.sum()))
+    half = student_quantile(0.975, freedom) * math.sqrt(variance / float(lengths.sum()))
     method = stretches[0].method
     if others:
         method += f"; {len(stretches)} runs, each for its length"

@@ -60,7 +60,7 @@ def _no_prefix_hits(evidence: Evidence) -> Check:
 def _counted(evidence: Evidence, column: str) -> float:
     """By how much a counter of the engine rose over all runs."""
     return sum(
-        float(run.frames.engine[column].iloc[-1] - run.frames.engine[column].iloc[0])
+        float(run.frames.per_sample(column)[-1] - run.frames.per_sample(column)[0])
         for run in evidence.runs
         if len(run.frames.engine)
     )
@@ -70,8 +70,10 @@ def _inexact(evidence: Evidence) -> float:
     """Completed requests of another length than the designed one, by what the client received."""
     seen = 0
     for run in evidence.runs:
-        done = run.frames.requests[run.frames.requests["outcome"] == "completed"]
-        seen += int((done["output_tokens"] != done["output_tokens_designed"]).sum())
+        got, designed = (
+            run.frames.per_request(column) for column in ("output_tokens", "output_tokens_designed")
+        )
+        seen += int((got != designed)[run.frames.completed].sum())
     return float(seen)
 
 

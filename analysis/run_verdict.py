@@ -55,9 +55,9 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
     frames = run.frames
     start_s, end_s = frames.run.warmup_s, frames.end_s
     stable_below = evidence.theta / 2 * frames.run.arrival_rate
-    requests, engine = frames.requests, frames.engine
-    observed = engine[(engine["t_s"] >= start_s) & (engine["t_s"] <= end_s)]
-    enough = end_s - start_s > 1.0 and len(requests) > 20 and len(observed) > 5
+    seen_s, offered = frames.per_sample("t_s"), len(frames.requests)
+    observed = (seen_s >= start_s) & (seen_s <= end_s)
+    enough = end_s - start_s > 1.0 and offered > 20 and int(observed.sum()) > 5
     verdict: RunVerdict = "inconclusive"
     text = "too short to say"
     growth = Estimate(math.nan, math.nan, math.nan, 0.90, "req/s", "not measured: run too short")
@@ -71,16 +71,18 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
 
     if enough and frames.run.preload:
         start_s, end_s, (growth, verdict, text) = judge_from_full(frames, start_s, end_s, judged)
-        observed = engine[engine["t_s"].between(start_s, end_s)]
+        observed = (seen_s >= start_s) & (seen_s <= end_s)
     elif enough:
         growth, verdict, text = judged(start_s, end_s)
     if enough:
         mean_step = step_time(frames, start_s, end_s)
     if not run.valid:
         verdict, text = "invalid", _why_invalid(run)
-    arrived = requests["scheduled_s"].between(start_s, end_s)
-    ttft = (requests["first_token_s"] - requests["scheduled_s"]).fillna(math.inf).to_numpy()
-    columns = {c: float(observed[c].mean()) for c in ("kv_usage", "running", "waiting")}
+    due_s = frames.per_request("scheduled_s")
+    arrived = (due_s >= start_s) & (due_s <= end_s)
+    ttft = np.nan_to_num(frames.per_request("first_token_s") - due_s, nan=math.inf)
+    gauges = {c: frames.per_sample(c)[observed] for c in ("kv_usage", "running", "waiting")}
+    looked, preemptions = bool(observed.any()), frames.per_sample("preemptions")
     return RunJudgement(
         id=frames.run.id,
         arrival_rate=frames.run.arrival_rate,
@@ -93,13 +95,11 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
         drift=growth,
         stable_below=stable_below,
         fidelity=run.fidelity,
-        requests=len(requests),
-        completed=int((requests["outcome"] == "completed").sum()),
-        unfinished=int((requests["outcome"] == "unfinished").sum()),
-        preemptions=int(engine["preemptions"].iloc[-1] - engine["preemptions"].iloc[0])
-        if len(engine)
-        else 0,
-        backlogged=float((observed["waiting"] > 0).mean()) if len(observed) else math.nan,
+        requests=offered,
+        completed=int(frames.completed.sum()),
+        unfinished=int((frames.requests["outcome"] == "unfinished").sum()),
+        preemptions=int(preemptions[-1] - preemptions[0]) if len(preemptions) else 0,
+        backlogged=float((gauges["waiting"] > 0).mean()) if looked else math.nan,
         step_time_s=mean_step,
         pace=run.pace,
         ttft_p50_s=float(np.quantile(ttft, 0.50, method="lower")) if len(ttft) else math.nan,
@@ -107,7 +107,7 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
         warnings=(*run.warnings, *_warm_up(frames)),
         drift_checks=drift_checks(frames, start_s, end_s, evidence),
         start=frames.run.start,
-        **columns,
+        **{c: float(values.mean()) if looked else math.nan for c, values in gauges.items()},
     )
 
 
@@ -183,8 +183,8 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     if not run.valid:
         return None
     window = backlogged_window(run.frames, run.frames.run.warmup_s)
-    done = run.frames.requests
-    residence_s = float((done["last_token_s"] - done["first_token_s"]).mean())
+    lived_s = run.frames.per_request("last_token_s") - run.frames.per_request("first_token_s")
+    residence_s = float(np.nanmean(lived_s)) if np.isfinite(lived_s).any() else math.nan
     if window is None or not window.duration_s >= MIN_BACKLOG_RESIDENCES * residence_s:
         return None
     saturated = saturation(run.frames, window, evidence.limits, evidence.workload)

@@ -30,9 +30,8 @@ def set_aside_ratio(
         return np.zeros_like(at_s)
     if ignore_eos and rules.whole_output_of_ignore_eos:
         return np.ones_like(at_s)
-    times = frames.engine["t_s"].to_numpy(dtype=float)
-    shown = frames.engine["new_token_ratio"].to_numpy(dtype=float)
-    return np.asarray(np.interp(at_s, times, shown))
+    shown = frames.per_sample("new_token_ratio")
+    return np.asarray(np.interp(at_s, frames.per_sample("t_s"), shown))
 
 
 def set_aside(frames: RunFrames, at_s: Floats, limits: EngineLimits, ratio: Floats) -> Floats:
@@ -44,13 +43,12 @@ def set_aside(frames: RunFrames, at_s: Floats, limits: EngineLimits, ratio: Floa
     rules = limits.sglang
     if rules is None:
         return np.zeros_like(at_s)
-    begun = frames.started
     first, last, declared = (
-        begun[column].to_numpy(dtype=float)[:, None]
+        frames.per_request(column)[frames.started, None]
         for column in ("first_token_s", "last_token_s", "max_tokens")
     )
     to_come = np.clip(declared - tokens_received(frames, at_s), 0, rules.clip_max_new_tokens)
-    ended = (begun["outcome"] == "completed").to_numpy()[:, None] & (at_s[None, :] >= last)
+    ended = frames.completed[frames.started, None] & (at_s[None, :] >= last)
     running = (at_s[None, :] >= first) & ~ended
     tokens = np.where(running, to_come, 0.0).sum(axis=0)
     return np.asarray(ratio * tokens / limits.pool_tokens)

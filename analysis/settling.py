@@ -127,8 +127,8 @@ def of_run(run: MeasuredRun, load: float, measured: Estimate, variance_ratio: fl
     """The same for one run at any rate; ``variance_ratio`` is ca2 + cd2."""
     frames = run.frames
     start_s = frames.run.warmup_s
-    engine = frames.engine
-    waiting = engine.loc[engine["t_s"].between(start_s, frames.end_s), "waiting"].to_numpy()
+    times = frames.per_sample("t_s")
+    waiting = frames.per_sample("waiting")[(times >= start_s) & (times <= frames.end_s)]
     return settling(
         frames.run.id,
         load,

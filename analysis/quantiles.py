@@ -1,0 +1,30 @@
+"""Quantiles of the usual laws, for the many small questions of a verdict; each is computed once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from scipy.special import chdtri, fdtri, ndtri, stdtrit
+
+
+@cache
+def normal_quantile(probability: float) -> float:
+    """Of the standard normal law."""
+    return float(ndtri(probability))
+
+
+@cache
+def student_quantile(probability: float, freedom: float) -> float:
+    """Of Student's t."""
+    return float(stdtrit(freedom, probability))
+
+
+@cache
+def f_quantile(probability: float, above: float, below: float) -> float:
+    """Of Fisher's F with so many degrees of freedom of numerator and denominator."""
+    return float(fdtri(above, below, probability))
+
+
+def chi2_quantile(probability: float, freedom: float) -> float:
+    """Of chi-square. Not kept: it is asked for by those who search for a probability."""
+    return float(chdtri(freedom, 1.0 - probability))
