@@ -23,7 +23,10 @@ from analysis.quantiles import f_quantile, student_quantile
 BINS_PER_RESIDENCE = 4
 """A wave lasts a residence or less: in coarser bins it would look like a slower one."""
 LEAST_BINS, MOST_BINS = 64, 256
-LEAST_COSINES = 5
+RESIDENCES_PER_COSINE = 5.0
+"""What is correlated over a residence has lost a fifth of its variance at one cosine for five of them
+(measured where sequences are short: there the mix in service changes over a residence)."""
+LEAST_COSINES = 3
 MOST_COSINES = 12
 DIFFERENT = 0.99
 """Level at which stretches are taken to differ by more than chance."""
@@ -55,9 +58,10 @@ class Stretch:
     def scatters(self) -> NDArray[np.float64]:
         """Squares whose expectation is the variance of the mean times the duration, shape (cosines,).
 
-        One cosine for two residence times, so that the slowest wave stays above them.
+        One cosine for `RESIDENCES_PER_COSINE`: the slowest wave, and what else is of a residence's
+        length, stays above them.
         """
-        cosines = max(LEAST_COSINES, min(MOST_COSINES, int(self.residences / 2)))
+        cosines = max(LEAST_COSINES, min(MOST_COSINES, int(self.residences / RESIDENCES_PER_COSINE)))
         transformed = dct(self.rates, norm="ortho")[1 : cosines + 1]
         squares: NDArray[np.float64] = transformed**2 * (self.duration_s / len(self.rates))
         return squares

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pandas as pd
 import pytest
 
+from analysis.frames import RunFrames
 from analysis.premises import _inexact
 
 
@@ -24,5 +25,6 @@ def test_lengths_are_those_that_the_client_received(
     requests = pd.DataFrame(
         {"outcome": outcomes, "output_tokens": lengths, "output_tokens_designed": [8, 8]}
     )
-    run = SimpleNamespace(frames=SimpleNamespace(requests=requests))
+    frames = RunFrames(cast(Any, None), 1.0, requests, pd.DataFrame(), pd.DataFrame())
+    run = SimpleNamespace(frames=frames)
     assert _inexact(cast(Any, SimpleNamespace(runs=[run]))) == wrong
