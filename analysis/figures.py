@@ -37,6 +37,8 @@ GPU_ROWS = (
     ("utilization", "GPU busy (%)", 100.0),
     ("power_w", "power (W)", 1.0),
     ("sm_clock_mhz", "SM clock (MHz)", 1.0),
+    ("memory_clock_mhz", "memory clock (MHz)", 1.0),
+    ("temperature_c", "temperature (°C)", 1.0),
     ("memory_bytes", "memory (GiB)", 2.0**-30),
 )
 LAG_FLOOR_MS = 1e-3
@@ -170,9 +172,10 @@ def gpu_over_time(frames: RunFrames, judgement: RunJudgement) -> str | None:
 
     def paint(figure: Figure) -> None:
         grid = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+        names_of = [column for column in ("gpu", "mig") if column in frames.gpu]
         for axes, (column, label, factor) in zip(grid, names, strict=True):
             _shade_warmup(axes, judgement.warmup_s)
-            for _, rows in frames.gpu.groupby("gpu"):
+            for _, rows in frames.gpu.dropna(subset=[column]).groupby(names_of, dropna=False):
                 values = factor * rows[column].to_numpy(dtype=float)
                 axes.plot(*thin(rows["t_s"].to_numpy(dtype=float), values), color=BLUE, linewidth=1)
             axes.set_ylabel(label)

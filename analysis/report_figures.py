@@ -51,7 +51,7 @@ def figure_groups(verdict: Verdict, runs: Sequence[RunFrames]) -> list[FigureGro
     gpu = [figures.gpu_over_time(*pair) for pair in pairs]
     panels = tuple(_panel(svg) for svg in gpu if svg is not None)
     if panels:
-        caption = "What the GPU's own counters reported, one line per GPU; warm-up shaded."
+        caption = "What the GPUs' own counters reported, a line for each; warm-up shaded."
         groups.append(FigureGroup("GPU", caption, panels, wide=False))
     return groups
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t
 
 from analysis.audit import Saturation
 from analysis.capacity import Backlog
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames
+from analysis.gpu_health import whole_gpus
 from analysis.growth import batch_edges
+from analysis.quantiles import student_quantile
 from analysis.verdict import Check
 
 LARGEST_CHANGE = 0.25
@@ -37,10 +38,13 @@ THROTTLE_REASONS = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
     0x100: "display clocks",
+    0x200: "board limit",
+    0x400: "reliability",
 }
 """Bits of a GPU sample's ``throttle_reasons`` (nvml.h, nvmlClocksEventReasons)."""
 HELD_BACK = 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 """Those by which a GPU that works runs slower than it was set to."""
+CLOCKS = {"sm_clock_mhz": "SM clock", "memory_clock_mhz": "memory clock"}
 SELDOM = 0.01
 CLOCK_PARTS = 5
 
@@ -105,7 +109,7 @@ def _trend(where: str, parts: Sequence[Saturation], level: float) -> Change:
     step_s = batch_s / steps
     slope, error = _slope(at_s, np.log(step_s), steps)
     whole_s = float(batch_s.sum())
-    half = float(t.ppf(0.5 + level / 2, len(steps) - 2)) * error
+    half = student_quantile(0.5 + level / 2, len(steps) - 2) * error
     value, low, high = (math.expm1(whole_s * x) for x in (slope, slope - half, slope + half))
     method = f"trend of {len(steps)} batches' mean steps, simultaneous intervals"
     estimate = Estimate(value, low, high, LEVEL, "", method)
@@ -155,13 +159,13 @@ def steady(
 
 
 def clocks(frames: RunFrames, window: Backlog) -> list[str]:
-    """What each GPU was held back by, and from which SM clock to which; none where nothing was.
+    """What each GPU was held back by, and from which clock to which; none where nothing was.
 
     A clock is told where it changed by more than 1 % from the first fifth of the window to the last.
     """
     if frames.gpu.empty:
         return []
-    inside = frames.gpu[frames.gpu["t_s"].between(window.start_s, window.end_s)]
+    inside = whole_gpus(frames.gpu[frames.gpu["t_s"].between(window.start_s, window.end_s)])
     texts = []
     for gpu, rows in inside.groupby("gpu"):
         parts = []
@@ -175,12 +179,15 @@ def clocks(frames: RunFrames, window: Backlog) -> list[str]:
         if held:
             parts.append(f"held back by {', '.join(held)} of samples")
         edges = batch_edges(window.start_s, window.end_s, CLOCK_PARTS)
-        first, *_, last = [
-            float(rows.loc[rows["t_s"].between(a, b), "sm_clock_mhz"].astype(float).mean())
-            for a, b in itertools.pairwise(edges)
-        ]
-        if abs(last / first - 1) > SELDOM:
-            parts.append(f"SM clock from {first:.0f} to {last:.0f} MHz")
+        for column, name in CLOCKS.items():
+            if column not in rows:
+                continue
+            first, *_, last = [
+                float(rows.loc[rows["t_s"].between(a, b), column].astype(float).mean())
+                for a, b in itertools.pairwise(edges)
+            ]
+            if abs(last / first - 1) > SELDOM:
+                parts.append(f"{name} from {first:.0f} to {last:.0f} MHz")
         if parts:
             texts.append(f"GPU {gpu} in run {frames.run.id}: " + ", ".join(parts))
     return texts

@@ -15,8 +15,9 @@ import numpy as np
 from analysis.engine import EngineSample
 from harness.config import ExperimentConfig
 from harness.display import Countdown, Display
-from harness.gpu import GpuReader, GpuSample, NoGpu
-from harness.sampler import SamplerStats, sample_engine
+from harness.gpu import NoGpu
+from harness.gpu_reader import GpuReader, GpuSample
+from harness.sampler import SamplerStats, ServerGone, sample_engine
 from harness.server import ServerFailed
 from harness.store import EndReason, Store
 from harness.target import Target
@@ -108,6 +109,9 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
             if isinstance(results[0], Exception):
                 raise results[0]
             stats = await sampling.finish()
+    except ServerGone as error:
+        stats = error.stats
+        raise
     finally:
         # Only now are the streams whole on the disk.
         store.end_run(run.id, end_ns, reason, stats)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -14,7 +15,8 @@ import numpy as np
 from analysis.engine import EngineSample
 from harness.engine_metrics import engine_sample
 from harness.engines import EngineFacts
-from harness.gpu import GpuLost, GpuReader, GpuSample
+from harness.gpu import in_daemon
+from harness.gpu_reader import GpuEvent, GpuReader, GpuSample, Reading
 from harness.server import answered
 
 GONE_FAILURES = 3
@@ -39,6 +41,11 @@ class SamplerStats:
     scrape_p99_ms: float | None
     gpu_missed: int = 0
     """Ticks at which NVML was still busy with an earlier one."""
+    gpu_failures: int = 0
+    """Queries of a GPU that failed once; the quantity is null in that sample."""
+    gpu_last_failure: str | None = None
+    gpu_events: tuple[GpuEvent, ...] = ()
+    """XID errors, and GPUs that were lost, in this run or before it."""
     gpu_error: str | None = None
     """Why the GPU stream ended early."""
 
@@ -64,7 +71,7 @@ class _Log:
     longest_gap_ns: int = 0
     scrape_ms: list[float] = field(default_factory=list)
 
-    def stats(self, gpu: _GpuTicks | None) -> SamplerStats:
+    def stats(self) -> SamplerStats:
         p50, p99 = np.percentile(self.scrape_ms, [50, 99]) if self.scrape_ms else (None, None)
         return SamplerStats(
             ticks=self.ticks,
@@ -74,47 +81,64 @@ class _Log:
             last_failure=self.last_failure,
             scrape_p50_ms=None if p50 is None else float(p50),
             scrape_p99_ms=None if p99 is None else float(p99),
-            gpu_missed=0 if gpu is None else gpu.missed,
-            gpu_error=None if gpu is None else gpu.error,
         )
 
 
 class _GpuTicks:
-    """NVML reads in a thread, at most one at a time: a slow driver never stalls the tick."""
+    """NVML reads in a thread of their own, at most one at a time: a driver that is slow, or hangs for
+    good, stalls neither the tick nor the end of the program."""
 
     def __init__(self, gpus: GpuReader, on_gpu: Callable[[Sequence[GpuSample]], None]) -> None:
-        self.gpus, self.on_gpu = gpus, on_gpu
-        self.missed = 0
-        self.error: str | None = None
-        self._task: asyncio.Task[list[GpuSample]] | None = None
+        self._gpus, self._on_gpu = gpus, on_gpu
+        self._missed = self._failures = 0
+        self._last_failure: str | None = None
+        self._events = list(gpus.lost)
+        self._error: str | None = None
+        self._pending: asyncio.Future[Reading] | None = None
+        self._asked_ns = 0
 
     def tick(self) -> None:
-        if self._task is not None and not self._task.done():
-            self.missed += 1
+        if self._pending is not None and not self._pending.done():
+            self._missed += 1
             return
         self._collect()
-        if self.error is None:
-            self._task = asyncio.create_task(asyncio.to_thread(self.gpus.read))
+        self._asked_ns = time.monotonic_ns()
+        self._pending = asyncio.wrap_future(in_daemon(self._gpus.read))
 
     async def finish(self) -> None:
         """Take the read under way along, unless the driver hangs."""
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=GPU_FINISH_S)
-            if self._task.done():
+        if self._pending is not None:
+            await asyncio.wait([self._pending], timeout=GPU_FINISH_S)
+            if self._pending.done():
                 self._collect()
             else:
-                self.error = f"NVML did not answer for {GPU_FINISH_S:.0f} s at the end of the run"
+                waited_s = (time.monotonic_ns() - self._asked_ns) / 1e9
+                self._error = f"NVML had not answered for {waited_s:.0f} s when the run ended"
+
+    def abandon(self) -> None:
+        """Nobody waits any more for a read that is still under way."""
+        if self._pending is not None:
+            self._pending.cancel()
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "gpu_missed": self._missed,
+            "gpu_failures": self._failures,
+            "gpu_last_failure": self._last_failure,
+            "gpu_events": tuple(self._events),
+            "gpu_error": self._error,
+        }
 
     def _collect(self) -> None:
-        task, self._task = self._task, None
-        if task is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        try:
-            samples = task.result()
-        except GpuLost as error:
-            self.error = str(error)
-            return
-        self.on_gpu(samples)
+        reading = pending.result()
+        self._events += reading.events
+        self._failures += len(reading.failures)
+        if reading.failures:
+            self._last_failure = reading.failures[-1]
+        self._on_gpu(reading.samples)
 
 
 async def sample_engine(
@@ -145,26 +169,36 @@ async def sample_engine(
     start_ns = time.monotonic_ns()
     log = _Log(last_good_ns=start_ns)
     tick = 0
-    while not stop.is_set():
+    try:
+        while not stop.is_set():
+            if gpu is not None:
+                gpu.tick()
+            log.ticks += 1
+            sample = await _scrape(session, url, facts, version, timeout_s, log)
+            if sample is not None:
+                on_sample(sample)
+            elif log.failures_in_row >= GONE_FAILURES:
+                gap_s = (time.monotonic_ns() - log.last_good_ns) / 1e9
+                if gap_s >= gone_after_s:
+                    raise ServerGone(url, gap_s, _with_gpu(log.stats(), gpu))
+            due = (time.monotonic_ns() - start_ns) // interval_ns + 1
+            log.missed += due - tick - 1
+            tick = due
+            wait_s = (start_ns + tick * interval_ns - time.monotonic_ns()) / 1e9
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), max(wait_s, 0.0))
+        # Of the engine's ticks: a driver that keeps the end waiting makes no gap in them.
+        stats = log.stats()
         if gpu is not None:
-            gpu.tick()
-        log.ticks += 1
-        sample = await _scrape(session, url, facts, version, timeout_s, log)
-        if sample is not None:
-            on_sample(sample)
-        elif log.failures_in_row >= GONE_FAILURES:
-            gap_s = (time.monotonic_ns() - log.last_good_ns) / 1e9
-            if gap_s >= gone_after_s:
-                raise ServerGone(url, gap_s, log.stats(gpu))
-        due = (time.monotonic_ns() - start_ns) // interval_ns + 1
-        log.missed += due - tick - 1
-        tick = due
-        wait_s = (start_ns + tick * interval_ns - time.monotonic_ns()) / 1e9
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), max(wait_s, 0.0))
-    if gpu is not None:
-        await gpu.finish()
-    return log.stats(gpu)
+            await gpu.finish()
+        return _with_gpu(stats, gpu)
+    finally:
+        if gpu is not None:
+            gpu.abandon()
+
+
+def _with_gpu(stats: SamplerStats, gpu: _GpuTicks | None) -> SamplerStats:
+    return stats if gpu is None else replace(stats, **gpu.stats())
 
 
 async def _scrape(

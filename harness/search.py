@@ -22,6 +22,7 @@ from analysis.search_rule import Design, Search, advance, begin
 from analysis.sequential import EMPTY, Look, Served, served
 from harness.analyse import LAG_OVER_RESIDENCE, MOST_LAG_MS
 from harness.offer import START_DELAY_S, Stage, idle, recording
+from harness.sampler import SamplerStats, ServerGone
 from harness.store import EndReason, Store
 from loadgen.client import TokenStream
 from loadgen.drive import Load, drive_on
@@ -126,6 +127,7 @@ async def search_live(
     )
     stage.store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), prediction_digest)
     reason: EndReason = "interrupted"
+    stats: SamplerStats | None = None
     try:
         async with recording(stage, RUN_ID, watch.samples.append) as (write, sampling):
 
@@ -155,9 +157,12 @@ async def search_live(
             if reason != "server gone":
                 reason = "horizon"
             stats = await sampling.finish()
+    except ServerGone as error:
+        stats = error.stats
+        raise
     finally:
         end_ns = start_ns + round(log.looks[-1].t_s * SECOND_NS)
-        stage.store.end_run(RUN_ID, end_ns, reason, stats if reason == "horizon" else None)
+        stage.store.end_run(RUN_ID, end_ns, reason, stats)
         result = concluded(stage, design, log, watch, run, start_ns)
         write_search(stage.store, design, log, result)
     return result

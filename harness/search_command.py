@@ -104,7 +104,7 @@ async def search_server(
         require_fitting(workload, target.limits)
         for line in assumptions(target.shown, config):
             display.say(escape(f"note        {line}"))
-        gpus = gpus_of(target)
+        gpus = gpus_of(config, target, store, display)
         if not verdict:
             store.write_json("limits.json", {"shown": target.shown, "used": target.limits})
             stage = Stage(config, target, workload, store, display, gpus, design.first_rate)

@@ -23,6 +23,7 @@ from harness.streams import (
     StoreError,
     as_json,
     finite,
+    holds_records,
     read_lines,
     storage_error,
 )
@@ -75,6 +76,8 @@ class StoredRun:
     warnings: tuple[str, ...]
 
 
+STREAMS = ("requests", "engine", "gpu")
+"""What a run records while it lasts; in kept evidence as Parquet."""
 INPUTS = ("config.yaml", "limits.json")
 """Files that a prediction and the thresholds of its verdict are made from: their digests stand in it."""
 
@@ -179,7 +182,7 @@ class Store:
             run_id
             for run_id in self.run_ids()
             if (self.path / "runs" / run_id / "end.json").exists()
-            and (self.path / "runs" / run_id / "requests.jsonl").stat().st_size > 0
+            and holds_records(self.path / "runs" / run_id / "requests.jsonl")
         ]
 
     def begin_run(self, run: Run, start_ns: int, start_wall: str, prediction_digest: str) -> None:

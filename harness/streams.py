@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+KEPT = ".parquet"
+"""Suffix of the file that evidence keeps of a stream."""
 
 
 class StoreError(Exception):
@@ -154,13 +156,24 @@ def storage_error(error: OSError, path: Path, kept: str) -> StoreError:
     return StoreError(f"cannot write {path} ({error.strerror}): {kept}")
 
 
+def holds_records(path: Path) -> bool:
+    """Is there a record in a stream, or in the Parquet that is kept of it?"""
+    return path.stat().st_size > 0 if path.exists() else path.with_suffix(KEPT).exists()
+
+
 def read_lines(path: Path, make: Callable[[dict[str, Any]], T]) -> tuple[list[T], str | None]:
     """The records of a stream, and a warning if its last line is torn and was dropped.
 
-    A stream that does not exist has no records. Raises DamagedRecord for any other bad line.
+    Where Parquet is kept in its place, that is read; a stream that does not exist has no records.
+    Raises DamagedRecord for any other bad line.
     """
     if not path.exists():
-        return [], None
+        if not path.with_suffix(KEPT).exists():
+            return [], None
+        # Only kept evidence needs it: other commands start without.
+        from harness.columns import read_columns
+
+        return [make(record) for record in read_columns(path.with_suffix(KEPT))], None
     *lines, rest = path.read_bytes().split(b"\n")
     warning = None
     if rest:

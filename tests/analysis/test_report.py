@@ -15,7 +15,7 @@ import pytest
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate, ratio
 from analysis.figure_style import spread, thin
-from analysis.figures import engine_over_time
+from analysis.figures import engine_over_time, gpu_over_time
 from analysis.formatting import NO_BREAK, NOT_MEASURED, estimate_text, grouped, plus_minus, seconds
 from analysis.frames import RunFrames, run_frames
 from analysis.growth import drift
@@ -344,6 +344,19 @@ def test_a_sampled_gpu_is_drawn(verdict: Verdict, frames: list[RunFrames]) -> No
     assert f"The records of run {frames[1].run.id} are not here" in html
     assert "GPU busy (%)" in html and "No GPU was sampled" not in html
     assert "SM clock" not in html
+
+
+def test_mig_instances_are_lines_of_their_own(verdict: Verdict, frames: list[RunFrames]) -> None:
+    """Where a card and its instances have the same quantity, no line joins their values."""
+    t = np.arange(0.0, HORIZON_S, 0.5)
+    card = pd.DataFrame({"t_s": t, "gpu": 0, "mig": np.nan, "memory_bytes": 60.0 * 2**30})
+    part = card.assign(mig=0.0, memory_bytes=5.0 * 2**30)
+    run = replace(frames[0], gpu=pd.concat([card, part]).sort_values("t_s"))
+    svg = gpu_over_time(run, verdict.runs[0])
+    assert svg is not None and "memory (GiB)" in svg and "GPU busy" not in svg
+    alone = gpu_over_time(replace(run, gpu=card), verdict.runs[0])
+    assert alone is not None
+    assert svg.lower().count("stroke: #0072b2") == 1 + alone.lower().count("stroke: #0072b2") == 2
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,16 @@ def test_what_a_gpu_tells_of_its_clock(bits: Any, clock_mhz: Any, words: list[st
     assert clocks(frames("x"), window) == []
 
 
+def test_the_memory_clock_is_told_too_and_of_cards_alone() -> None:
+    card = gpu_rows([0], [1980]).assign(
+        mig=np.nan, memory_clock_mhz=np.linspace(2600.0, 1300.0, 100)
+    )
+    instance = gpu_rows([np.nan], [np.nan]).assign(mig=0.0, memory_clock_mhz=np.nan)
+    both = frames("x", pd.concat([card, instance], ignore_index=True))
+    told = ["GPU 0 in run x: memory clock from 2475 to 1425 MHz"]
+    assert clocks(both, Backlog(10.0, 30.0)) == told
+
+
 def test_a_throttling_gpu_stands_beside_the_change() -> None:
     hot = frames("00-1.30", gpu_rows([0x40], np.linspace(2000, 1500, 100)))
     check = steady({"00-1.30": seen(exponential(0.2))}, {"00-1.30": hot}, THETA)

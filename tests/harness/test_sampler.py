@@ -13,12 +13,14 @@ from aiohttp import web
 from analysis.engine import EngineLimits, EngineSample
 from analysis.step_time import StepTime
 from harness.engines import MOCK, VLLM, MissingMetric
-from harness.gpu import GpuLost, GpuReader, GpuSample
+from harness.gpu_reader import GpuEvent, GpuReader, GpuSample, Reading
 from harness.limits import read_limits
 from harness.mock import MockConfig
 from harness.mock_http import serve
 from harness.sampler import SamplerStats, ServerGone, sample_engine
 from harness.server_limits import ServerLimits
+
+pytestmark = pytest.mark.live
 
 PAGE = """vllm:num_requests_running{engine="0"} 3.0
 vllm:num_requests_waiting{engine="0"} 1.0
@@ -161,11 +163,14 @@ class StandInGpus:
 
     def __init__(self, seconds: float, lost_after: int = 10**9) -> None:
         self.seconds, self.lost_after, self.reads = seconds, lost_after, 0
+        self.lost: tuple[GpuEvent, ...] = ()
 
-    def read(self) -> list[GpuSample]:
+    def read(self) -> Reading:
         self.reads += 1
         if self.reads > self.lost_after:
-            raise GpuLost("GPU 0 fell off the bus")
+            news = () if self.lost else (GpuEvent(time.monotonic_ns(), 0, "lost", "off the bus"),)
+            self.lost += news
+            return Reading((), news, ("GPU 1: power_w: Timeout",))
         time.sleep(self.seconds)
         sample = GpuSample(
             t_ns=time.monotonic_ns(),
@@ -174,10 +179,13 @@ class StandInGpus:
             memory_bytes=1,
             power_w=None,
             sm_clock_mhz=None,
+            memory_clock_mhz=None,
             temperature_c=None,
             throttle_reasons=None,
+            ecc_corrected=None,
+            ecc_uncorrected=None,
         )
-        return [sample]
+        return Reading((sample,))
 
 
 def test_a_slow_driver_never_stalls_the_tick() -> None:
@@ -192,15 +200,21 @@ def test_a_slow_driver_never_stalls_the_tick() -> None:
     assert stats.gpu_error is None
 
 
-def test_a_lost_gpu_ends_its_stream_and_not_the_run() -> None:
+def test_a_lost_gpu_ends_its_samples_and_not_the_run() -> None:
     gpus, seen = StandInGpus(0.0, lost_after=3), list[GpuSample]()
     stats, samples = sampled(
         ok, 0.3, gpus=cast(GpuReader, gpus), on_gpu=lambda new: seen.extend(new)
     )
-    assert stats.gpu_error == "GPU 0 fell off the bus"
+    (event,) = stats.gpu_events
+    assert (event.gpu, event.kind, event.text) == (0, "lost", "off the bus")
+    assert stats.gpu_error is None
+    assert stats.gpu_failures == gpus.reads - 3 > 1
+    assert stats.gpu_last_failure == "GPU 1: power_w: Timeout"
     assert len(seen) == 3
     assert samples[-1].t_ns > seen[-1].t_ns, "the engine is sampled on"
     assert len(samples) + stats.missed == pytest.approx(slots(samples), abs=1)
+    again, _ = sampled(ok, 0.1, gpus=cast(GpuReader, gpus), on_gpu=lambda new: None)
+    assert again.gpu_events == (event,), "the next run knows what was lost before it"
 
 
 def test_the_mock_server_is_sampled_and_its_limits_are_read() -> None:

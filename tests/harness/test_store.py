@@ -15,7 +15,7 @@ import pytest
 
 from analysis.engine import EngineSample
 from analysis.frames import run_frames
-from harness.gpu import GpuSample
+from harness.gpu_reader import GpuSample
 from harness.store import (
     DamagedRecord,
     JsonLines,
@@ -64,8 +64,11 @@ GPU = GpuSample(
     memory_bytes=1,
     power_w=None,
     sm_clock_mhz=1,
+    memory_clock_mhz=1,
     temperature_c=1,
     throttle_reasons=0,
+    ecc_corrected=0,
+    ecc_uncorrected=None,
 )
 
 
