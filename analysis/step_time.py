@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,10 +124,31 @@ class StepTimeFit:
         w = np.asarray(weights, dtype=np.float64)
         if w.shape != (4,):
             raise ValueError(f"a combination needs the four weights of b0..b3, got shape {w.shape}")
-        variance = float(w @ self.covariance @ w)
-        if w[0] > 0:
-            variance += sum((bend.off_s(w) * self.widening) ** 2 for bend in self.bends)
-        return float(w @ self.law.coefficients()), float(np.sqrt(max(variance, 0.0)))
+        return float(w @ self.law.coefficients()), float(np.linalg.norm(self.errors(w)))
+
+    def errors(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """By how much independent errors of one sigma each move ``weights @ b``, in seconds.
+
+        Shape (4 + bends,). What two combinations have in common stands in the same places of both.
+        """
+        variances, axes = np.linalg.eigh(self.covariance)
+        linear = weights @ axes * np.sqrt(variances.clip(min=0.0))
+        off = [b.off_s(weights) * self.widening if weights[0] > 0 else 0.0 for b in self.bends]
+        return np.concatenate([linear, off])
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> StepTimeFit:
+        """The inverse of `dataclasses.asdict`, also after a passage through JSON."""
+        fields = dict(data)
+        fields["law"] = StepTime(**fields["law"])
+        fields["covariance"] = np.array(fields["covariance"], dtype=np.float64)
+        linear = fields.get("lack_of_fit")
+        fields["lack_of_fit"] = None if linear is None else LackOfFit(**linear)
+        fields["bends"] = tuple(
+            Bend(term=b["term"], size=b["size"], line=tuple(b["line"]))
+            for b in fields.get("bends", ())
+        )
+        return StepTimeFit(**fields)
 
 
 def exact_step_time(law: StepTime) -> StepTimeFit:

@@ -42,23 +42,23 @@ def summary(verdict: Verdict) -> Text:
     """
     label = max(10, len(words(verdict.outcome))) + 2
     text = Text()
-    _entry(text, label, "claim", _claim(verdict))
-    _entry(text, label, "server", [verdict.mode])
+    entry(text, label, "claim", _claim(verdict))
+    entry(text, label, "server", [verdict.mode])
     _runs(text, label, verdict.runs)
-    _entry(text, label, "measured", _measured(verdict))
+    entry(text, label, "measured", _measured(verdict))
     for near in verdict.near_critical:
         parts = [near.answer, near.distance_text, near.text]
-        _entry(text, label, f"at {load_label(near.load)}", parts)
+        entry(text, label, f"at {load_label(near.load)}", parts)
     if verdict.predictions:
-        _entry(text, label, "beside it", _beside(verdict))
+        entry(text, label, "beside it", _beside(verdict))
     if verdict.from_paper:
-        _entry(text, label, "from paper", _from_paper(verdict))
+        entry(text, label, "from paper", _from_paper(verdict))
     style = OUTCOME_STYLE[verdict.outcome]
-    _entry(text, label, words(verdict.outcome), [verdict.headline], style)
+    entry(text, label, words(verdict.outcome), [verdict.headline], style)
     for line in (*verdict.reasons, *verdict.advice):
-        _indented(text, line)
+        indented(text, line)
     for warning in verdict.warnings:
-        _indented(text, f"warning: {warning}", style="yellow")
+        indented(text, f"warning: {warning}", style="yellow")
     text.rstrip()
     return text
 
@@ -115,7 +115,7 @@ def _from_paper(verdict: Verdict) -> list[str]:
 def _runs(text: Text, label: int, runs: tuple[RunJudgement, ...]) -> None:
     """One line per run, its numbers aligned over the runs, its warnings beneath it."""
     if not runs:
-        _entry(text, label, "runs", ["none was judged"])
+        entry(text, label, "runs", ["none was judged"])
         return
     rates = [f"{grouped(run.arrival_rate, 2)} req/s" for run in runs]
     drifts = [plus_minus(run.drift) for run in runs]
@@ -123,7 +123,7 @@ def _runs(text: Text, label: int, runs: tuple[RunJudgement, ...]) -> None:
     for run, rate, drift in zip(runs, rates, drifts, strict=True):
         head = f"  {load_label(run.load):<{label - 2}}"
         middle = f"{rate:>{rate_width}}   drift {drift:>{drift_width}}   "
-        rest = _wrap(run.text, WIDTH - len(head) - len(middle))
+        rest = wrapped(run.text, WIDTH - len(head) - len(middle))
         text.append(head + middle)
         text.append(rest[0] + "\n", style=RUN_STYLE[run.verdict])
         for line in rest[1:]:
@@ -135,10 +135,10 @@ def _runs(text: Text, label: int, runs: tuple[RunJudgement, ...]) -> None:
             if c.passed is False
         ]
         for warning in (*run.warnings, *failed):
-            _indented(text, f"warning: {warning}", indent=label, style="yellow")
+            indented(text, f"warning: {warning}", indent=label, style="yellow")
 
 
-def _entry(text: Text, label: int, name: str, parts: list[str], style: str = "bold") -> None:
+def entry(text: Text, label: int, name: str, parts: list[str], style: str = "bold") -> None:
     """A line of ``parts`` set apart by spaces behind a label; it breaks between parts."""
     lines: list[str] = []
     room = WIDTH - label
@@ -146,19 +146,20 @@ def _entry(text: Text, label: int, name: str, parts: list[str], style: str = "bo
         if lines and len(lines[-1]) + GAP_COLUMNS + len(part) <= room:
             lines[-1] += " " * GAP_COLUMNS + part
         else:
-            lines.extend(_wrap(part, room))
+            lines.extend(wrapped(part, room))
     text.append(f"{name:<{label}}", style=style)
     text.append((lines or [""])[0] + "\n")
     for line in lines[1:]:
         text.append(" " * label + line + "\n")
 
 
-def _indented(text: Text, sentence: str, indent: int = 2, style: str = "") -> None:
-    for i, line in enumerate(_wrap(sentence, WIDTH - indent - 2)):
+def indented(text: Text, sentence: str, indent: int = 2, style: str = "") -> None:
+    """A sentence of its own, its further lines set in a little more."""
+    for i, line in enumerate(wrapped(sentence, WIDTH - indent - 2)):
         text.append(" " * (indent if i == 0 else indent + 2) + line + "\n", style=style)
 
 
-def _wrap(sentence: str, width: int) -> list[str]:
+def wrapped(sentence: str, width: int) -> list[str]:
     """Lines of at most ``width`` columns that never part the groups of a number."""
     lines = textwrap.wrap(glued(sentence), max(width, 20)) or [""]
     return [line.replace(NO_BREAK, " ") for line in lines]

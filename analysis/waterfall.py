@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from analysis.engine import EngineLimits
-from analysis.operating_point import Demand, Operation, paper_point, vllm_point
+from analysis.operating_point import Demand, Operation, engine_demand, paper_point, vllm_point
 from analysis.reservation import reserved_demand, reserving, sglang_demand
 from analysis.step_time import StepTime
 from loadgen.workload import Workload
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +81,57 @@ def _reserving(workload: Workload, limits: EngineLimits, law: StepTime) -> list[
     return rates
 
 
-def _rate(workload: Workload, law: StepTime, demand: Demand, operation: Operation) -> float:
-    """Formula (*) of theory.md 2.5 with recomputed tokens."""
-    b0, b1, b2, b3 = law.coefficients()
-    seconds = (
-        b0 / operation.requests_per_step
-        + b1 * (workload.mean(demand.tokens) + operation.recomputed_tokens)
-        + b2 * workload.mean(demand.resident)
-        + b3 * workload.mean(demand.steps)
+@dataclass(frozen=True, slots=True, eq=False)
+class Counting:
+    """One way to count what a request holds."""
+
+    name: str
+    """What it adds to the way before it; the first is set against the paper's."""
+    kv: float
+    """Mean token-steps of KV per request: summed over steps, of SGLang over decode steps."""
+    sums: Floats
+    """What a request takes of b0..b3 with the pool full so, see `steps_and_sums`; shape (4,)."""
+
+
+def countings(workload: Workload, limits: EngineLimits) -> tuple[Counting, ...]:
+    """From the paper's way to count KV to the engine's: arithmetic on the law of lengths.
+
+    "first token": the step that ends the prompt gives the first output, and the last output is never
+    written. "block rounding": whole blocks. "async scheduling": a finished request keeps its blocks for
+    a step more.
+    """
+    tokens = replace(limits, num_blocks=limits.pool_tokens, block_size=1, async_scheduling=False)
+    ways = [("first token", tokens), ("block rounding", replace(limits, async_scheduling=False))]
+    if limits.async_scheduling and limits.sglang is None:
+        ways.append(("async scheduling", limits))
+    found = []
+    for name, way in ways:
+        if way.sglang is None:
+            demand = engine_demand(workload, way, None)
+            kv = workload.mean(demand.kv)
+        else:
+            reserved = reserved_demand(workload, way, 1.0)
+            demand = sglang_demand(workload, way, reserved, 1.0, None)
+            kv = workload.mean(reserved.decode_kv)
+        full = Operation(limits.pool_tokens / kv, 1.0, 0.0)
+        found.append(Counting(name, kv, steps_and_sums(workload, demand, full)))
+    return tuple(found)
+
+
+def steps_and_sums(workload: Workload, demand: Demand, operation: Operation) -> Floats:
+    """What multiplies b0..b3 in 1/mu, formula (*) of theory.md 2.5 with recomputed tokens, shape (4,).
+
+    Steps, tokens, resident token-steps and steps scheduled, all per request.
+    """
+    return np.array(
+        [
+            1 / operation.requests_per_step,
+            workload.mean(demand.tokens) + operation.recomputed_tokens,
+            workload.mean(demand.resident),
+            workload.mean(demand.steps),
+        ]
     )
-    return float(1 / seconds)
+
+
+def _rate(workload: Workload, law: StepTime, demand: Demand, operation: Operation) -> float:
+    return float(1 / (steps_and_sums(workload, demand, operation) @ law.coefficients()))
