@@ -23,8 +23,11 @@ from harness.config import ConfigError, load_config, load_mock_config
 from harness.display import Display
 from harness.engines import MissingMetric
 from harness.experiment import run_experiment
+from harness.explain_command import explain_command
+from harness.hardware import measured_rates
 from harness.interrupts import until_terminated
 from harness.kv_cache_command import kv_cache_command
+from harness.offline import stated
 from harness.plan import HorizonTooShort
 from harness.predict import offline_predictions
 from harness.prober import CalibrationFailed
@@ -94,9 +97,17 @@ def run(
 
 
 @app.command()
-def predict(config: ConfigPath, as_json: Json = False) -> None:
-    """The critical rate from what the config states (limits and step_time), without any server."""
-    rows = offline_predictions(load_config(config))
+def predict(
+    config: ConfigPath,
+    probe: Annotated[
+        Path | None, typer.Option(help="what scripts/gpu-bandwidth wrote, not the data sheet")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The critical rate from what the config states (limits, and step_time or hardware), without any
+    server."""
+    measured = None if probe is None else measured_rates(probe)
+    rows = offline_predictions(stated(load_config(config)), measured)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -151,6 +162,7 @@ def mock(
 app.command("kv-cache")(kv_cache_command)
 app.command("calibrate")(calibrate_command)
 app.command("search")(search_command)
+app.command("explain")(explain_command)
 
 
 def _new_folder(name: str) -> Path:

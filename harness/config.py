@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from harness.hardware import HardwareConfig
 from harness.launch import LaunchConfig
 from harness.mock_config import MockServerConfig, SGLangRulesConfig
 from harness.sections import ConfigError, File, Positive, Section, StepTimeConfig
@@ -32,6 +33,11 @@ ENGINE_READY_S = 300.0
 """An engine loads its model first; on two busy cores SGLang was seen to take 130 s."""
 SECRETS = ("server.headers", "server.api_key_env")
 """Keys whose values are not shown, not even when they are refused: somebody may have put a key there."""
+
+GpuName = (
+    Annotated[int, Field(strict=True, ge=0)] | Annotated[str, Field(pattern=r"^(GPU|MIG)-[\w/-]+$")]
+)
+"""NVML's index, or the beginning of a UUID as `nvidia-smi -L` shows it."""
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -69,6 +75,8 @@ class ServerConfig(Section):
     tls_ca: File | None = None
     """Certificates of the authorities that are trusted in place of this machine's own."""
     mock: MockServerConfig | None = None
+    gpus: tuple[GpuName, ...] | None = None
+    """Those of this machine that the server uses; they are sampled."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     ready_timeout_s: Annotated[float, Field(gt=0)] | None = None
 
@@ -100,11 +108,26 @@ class ServerConfig(Section):
             raise ValueError("tls_ca: it goes with a url that starts with https://")
         return self
 
+    @model_validator(mode="after")
+    def _some_gpu(self) -> ServerConfig:
+        if self.gpus is not None and not self.gpus:
+            raise ValueError("gpus: name at least one, or leave it out")
+        if self.gpus and not self.on_gpu:
+            raise ValueError("gpus: this server uses none: leave it out")
+        return self
+
     @property
     def timeout_s(self) -> float:
         """How long the server may take to answer."""
         default_s = ENGINE_READY_S if self.launch is not None else SERVER_READY_S
         return default_s if self.ready_timeout_s is None else self.ready_timeout_s
+
+    @property
+    def on_gpu(self) -> bool:
+        """May it use GPUs? Of a server that somebody else started, this is not known."""
+        if self.launch is not None:
+            return self.launch.runs_on == "gpu"
+        return self.mock is None
 
     @property
     def emulated(self) -> bool:
@@ -162,9 +185,13 @@ class ExperimentConfig(Section):
     server: ServerConfig | None = None
     limits: LimitsConfig = LimitsConfig()
     step_time: StepTimeConfig | None = None
+    hardware: HardwareConfig | None = None
+    """For `critrate predict`, in place of ``step_time``; a run measures and does not use it."""
     prefill_chunk_tokens: Positive | None = None
     replicas: Positive = 1
     workload: WorkloadConfig | None = None
+    predict_from: WorkloadConfig | None = None
+    """The law of lengths that the prediction is made from, where it is another than the one offered."""
     regimes: tuple[RegimeConfig, ...] = ()
     published: PublishedConfig | None = None
     load: LoadConfig = LoadConfig()
@@ -179,10 +206,14 @@ class ExperimentConfig(Section):
         return self
 
     def law(self) -> Workload:
-        """The one law of lengths of an experiment. Raises ConfigError if there are several."""
+        """The one law of lengths that an experiment offers. Raises ConfigError if there are several."""
         if self.workload is None:
             raise ConfigError("regimes: only `critrate predict` takes them; give workload instead")
         return self.workload.build()
+
+    def estimated_law(self) -> Workload:
+        """The law that a prediction is made from. Raises ConfigError as `law`."""
+        return self.law() if self.predict_from is None else self.predict_from.build()
 
 
 def load_config(path: Path) -> ExperimentConfig:

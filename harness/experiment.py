@@ -20,13 +20,15 @@ from harness.config import ConfigError, ExperimentConfig
 from harness.display import Countdown, Display
 from harness.engines import MissingMetric
 from harness.environment import environment
-from harness.gpu import GpuReader, NoGpu, open_gpus
+from harness.gpu import NoGpu
+from harness.gpu_choice import engine_gpus, gpu_note
+from harness.gpu_reader import GpuReader
 from harness.offer import Stage, most_in_flight, offer
 from harness.plan import Plan, StartOption, least_excess, make_plan
 from harness.predict import narrow_enough, predictions
 from harness.sampler import ServerGone
 from harness.saturated import calibration_record
-from harness.server import ServerFailed, url_is_loopback
+from harness.server import ServerFailed
 from harness.store import INPUTS, Store
 from harness.target import Target, assumptions, require_fitting, target_server
 from loadgen.drive import TooFewFileDescriptors, require_file_descriptors
@@ -44,18 +46,19 @@ async def run_experiment(
     On an interrupt, or when the server is gone, what was measured is kept and judged; then the
     interrupt goes on to the caller.
     """
-    workload = config.law()
+    workload, estimated = config.law(), config.estimated_law()
     _refuse_offline_keys(config)
     write_inputs(config, store)
-    for line in workload.notes:
+    for line in dict.fromkeys((*workload.notes, *estimated.notes)):
         display.say(escape(f"note        {line}"))
     display.phase("starting the server")
     async with target_server(config, store) as target:
-        gpus = gpus_of(target)
+        gpus = gpus_of(config, target, store, display)
         require_fitting(workload, target.limits)
+        require_fitting(estimated, target.limits)
         for line in assumptions(target.shown, config):
             display.say(f"note        {line}")
-        prediction, _ = await predicted(config, target, workload, display, store)
+        prediction, _ = await predicted(config, target, estimated, display, store)
         claim = Prediction.from_dict(prediction["claim"])
         digest = store.digest("prediction.json")
         engine = Prediction.from_dict(prediction["engine"])
@@ -103,11 +106,15 @@ def _refuse_offline_keys(config: ExperimentConfig) -> None:
         )
 
 
-def gpus_of(target: Target) -> GpuReader | NoGpu:
-    """The GPUs beside the engine; those of this machine only when the server is on it."""
-    if not url_is_loopback(target.url):
-        return NoGpu("the server is on another machine, whose GPUs cannot be seen from here")
-    return open_gpus()
+def gpus_of(
+    config: ExperimentConfig, target: Target, store: Store, display: Display
+) -> GpuReader | NoGpu:
+    """The GPUs of the engine, opened, or why there are none; said unless none is expected."""
+    assert config.server is not None
+    gpus = engine_gpus(config.server, target.url, store)
+    if config.server.on_gpu:
+        display.say(escape(f"note        {gpu_note(gpus)}"))
+    return gpus
 
 
 def write_inputs(config: ExperimentConfig, store: Store) -> None:

@@ -11,9 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from harness.sections import Positive, Section, StepTimeConfig
 from harness.server import ServerFailed
@@ -23,6 +23,13 @@ ENGINE_SIDE = Path(__file__).resolve().parents[1] / "scripts" / "engines"
 PACE_LOG = "pace.jsonl"
 """Where a paced engine writes how it kept its step time, in the results folder."""
 TINY_MODELS = ("tiny", "small")
+GPU_ONLY = (
+    "dtype",
+    "kv_cache_dtype",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "gpu_memory_utilization",
+)
 CPU_KV_CACHE_BYTES = "256M"
 """vLLM takes most of a CPU's memory otherwise; the pool itself is set in blocks."""
 
@@ -97,6 +104,12 @@ class LaunchConfig(Section):
     max_num_seqs: Positive | None = None
     max_num_batched_tokens: Positive | None = None
     max_model_len: Positive | None = None
+    dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    tensor_parallel_size: Positive = 1
+    data_parallel_size: Positive = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of each GPU: what vLLM may take in all, what SGLang may fill with weights and KV."""
     prefix_caching: bool = False
     step_time: StepTimeConfig | None = None
     """Makes it an emulation. It goes to the engine's process alone; the prediction never sees it."""
@@ -135,6 +148,19 @@ class LaunchConfig(Section):
         if self.runs == "vllm" and self.runs_on == "cpu" and (self.block_size or 32) % 32:
             raise ValueError("block_size: on a CPU vLLM takes multiples of 32")
         return self
+
+    @model_validator(mode="after")
+    def _on_a_gpu(self) -> LaunchConfig:
+        if self.runs_on == "cpu":
+            for name in GPU_ONLY:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: leave it out on a CPU, where it is set")
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it takes; on a CPU the same number of processes, which is one."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
     @property
     def runs(self) -> Engine:
@@ -212,6 +238,8 @@ def _vllm(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, str]
     line += _option("--max-num-seqs", launch.max_num_seqs)
     line += _option("--max-num-batched-tokens", launch.max_num_batched_tokens)
     line += _option("--max-model-len", launch.max_model_len)
+    line += _option("--gpu-memory-utilization", launch.gpu_memory_utilization)
+    line += _gpu_options(launch)
     line += ["--enable-prefix-caching" if launch.prefix_caching else "--no-enable-prefix-caching"]
     # /server_info, where it shows its scheduler's limits; it listens on this machine alone.
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -248,6 +276,8 @@ def _sglang(launch: LaunchConfig, where: Place) -> tuple[list[str], dict[str, st
     line += _option("--max-running-requests", launch.max_num_seqs)
     line += _option("--chunked-prefill-size", launch.max_num_batched_tokens)
     line += _option("--context-length", launch.max_model_len)
+    line += _option("--mem-fraction-static", launch.gpu_memory_utilization)
+    line += _gpu_options(launch)
     if not launch.prefix_caching:
         line += ["--disable-radix-cache"]
     env = {"SGLANG_TIMEOUT_KEEP_ALIVE": KEEP_ALIVE_S}
@@ -276,5 +306,16 @@ def _paced(law: StepTimeConfig, where: Place, hooks: Path) -> dict[str, str]:
     }
 
 
-def _option(flag: str, value: int | None) -> list[str]:
+def _gpu_options(launch: LaunchConfig) -> list[str]:
+    """What both engines call the same."""
+    line = _option("--dtype", launch.dtype) + _option("--kv-cache-dtype", launch.kv_cache_dtype)
+    for flag, size in (
+        ("--tensor-parallel-size", launch.tensor_parallel_size),
+        ("--data-parallel-size", launch.data_parallel_size),
+    ):
+        line += _option(flag, size if size > 1 else None)
+    return line
+
+
+def _option(flag: str, value: int | float | str | None) -> list[str]:
     return [] if value is None else [flag, str(value)]

@@ -11,6 +11,7 @@ from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.formatting import estimate_text
 from analysis.prediction import Grade, Prediction
+from analysis.roofline import Rates
 from analysis.second_opinion import simulated_rate
 from analysis.step_time import StepTimeFit, exact_step_time
 from analysis.waterfall import waterfall
@@ -48,7 +49,9 @@ def predictions(
         **both,
         "mechanisms": [
             asdict(m)
-            for m in waterfall(workload, limits, fit.law, _chunk(config, workload, limits))[1]
+            for m in waterfall(workload, limits, fit.law, prefill_chunk(config, workload, limits))[
+                1
+            ]
         ],
         "simulated": None,
     }
@@ -84,14 +87,14 @@ def claimed(
             fit,
             config.claim,
             grade,
-            chunk=_chunk(config, workload, limits),
+            chunk=prefill_chunk(config, workload, limits),
             replicas=config.replicas,
         )
     except ValueError as error:
         raise ConfigError(f"no prediction of claim {config.claim}: {error}") from error
 
 
-def _chunk(config: ExperimentConfig, workload: Workload, limits: EngineLimits) -> int:
+def prefill_chunk(config: ExperimentConfig, workload: Workload, limits: EngineLimits) -> int:
     """Prompt tokens of one step, for the paper's form."""
     longest_prompt = int(workload.prompt_tokens.max())
     return config.prefill_chunk_tokens or limits.max_num_batched_tokens or longest_prompt
@@ -130,18 +133,36 @@ def stated_limits(config: ExperimentConfig) -> EngineLimits:
     )
 
 
-def offline_predictions(config: ExperimentConfig) -> dict[str, Any]:
-    """Every predictor of a config that needs no server, ready for JSON."""
+def stated_step_time(config: ExperimentConfig, measured: Rates | None = None) -> StepTimeFit:
+    """The step time that the config states, or that of its hardware: of the data sheet, or as measured.
+
+    Raises ConfigError when the config states neither, or when ``measured`` would not be used.
+    """
+    if config.step_time is None and config.hardware is None:
+        raise ConfigError("step_time: a prediction without a server needs it stated, or hardware")
+    if config.step_time is None:
+        assert config.hardware is not None
+        return config.hardware.step_time(measured)
+    if config.hardware is not None or measured is not None:
+        raise ConfigError("step_time: it is stated: leave hardware and a probe out, or it")
+    return exact_step_time(config.step_time.law())
+
+
+def offline_predictions(config: ExperimentConfig, measured: Rates | None = None) -> dict[str, Any]:
+    """Every predictor of a config that needs no server, ready for JSON.
+
+    ``measured`` takes the place of the data sheet of the config's hardware.
+    """
     limits = stated_limits(config)
     if config.regimes:
         return _mixed(config, limits)
-    if config.step_time is None:
-        raise ConfigError("step_time: a prediction without a server needs it stated")
-    fit = exact_step_time(config.step_time.law())
-    workload = config.law()
+    fit = stated_step_time(config, measured)
+    workload = config.estimated_law()
     require_fitting(workload, limits)
     found = predictions(config, workload, limits, fit, "P0")
-    summary = _summary(found) | _published(config, found["paper"]["critical_rate"]["value"])
+    summary = _summary(found, fit.method) | _published(
+        config, found["paper"]["critical_rate"]["value"]
+    )
     return {"name": config.name, **found, "summary": summary | _notes([workload])}
 
 
@@ -151,7 +172,7 @@ def _notes(workloads: Sequence[Workload]) -> dict[str, str]:
     return {"note": notes} if notes else {}
 
 
-def _summary(found: Mapping[str, Any]) -> dict[str, str]:
+def _summary(found: Mapping[str, Any], method: str) -> dict[str, str]:
     rows: dict[str, str] = {}
     for claim in ("paper", "engine"):
         prediction = Prediction.from_dict(found[claim])
@@ -160,6 +181,9 @@ def _summary(found: Mapping[str, Any]) -> dict[str, str]:
             f"{prediction.kv_demand.value:.0f} token-steps, bound by {prediction.binding}"
         )
     simulated = found["simulated"]
+    step_time = Prediction.from_dict(found["engine"]).step_time_s
+    if step_time.level < 1.0:
+        rows["step time"] = f"{estimate_text(step_time)} at saturation: {method}"
     rows["simulated"] = (
         found["simulated_note"]
         if simulated is None

@@ -43,6 +43,11 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
             "server: give a url, a launch or a mock to drive; without one use `critrate predict`"
         )
     server = config.server
+    if server.launch is not None and server.launch.data_parallel_size > 1:
+        raise ConfigError(
+            "server.launch.data_parallel_size: a critical rate is measured of one engine: leave it out "
+            "to measure one rank; `critrate predict` multiplies by the ranks"
+        )
     facts = _facts(server)
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(connect(server))

@@ -29,6 +29,14 @@ VLLM = {
 }
 SGLANG = {"environment": "sglang-cpu", "pool_tokens": 2048}
 PYTHON = {"environment": "/my/python", "device": "gpu"}
+ON_GPU = {
+    "environment": "vllm",
+    "dtype": "bfloat16",
+    "kv_cache_dtype": "fp8",
+    "tensor_parallel_size": 2,
+    "data_parallel_size": 4,
+    "gpu_memory_utilization": 0.9,
+}
 
 
 def command(fields: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -67,6 +75,14 @@ def command(fields: dict[str, Any]) -> tuple[str, dict[str, str]]:
         ({**SGLANG, "max_num_batched_tokens": 512}, "--chunked-prefill-size 512", ""),
         ({"environment": "sglang"}, "sglang.launch_server", "--disable-overlap-schedule"),
         ({**PYTHON, "engine": "sglang"}, "/env/python -m sglang.launch_server", "torch_native"),
+        ({"environment": "vllm"}, "--no-enable-prefix-caching ", "parallel-size"),
+        (ON_GPU, "--gpu-memory-utilization 0.9 --dtype bfloat16 --kv-cache-dtype fp8 ", "fraction"),
+        (ON_GPU, "--tensor-parallel-size 2 --data-parallel-size 4 ", ""),
+        (
+            {**ON_GPU, "environment": "sglang"},
+            "--mem-fraction-static 0.9 --dtype bfloat16",
+            "gpu-mem",
+        ),
     ],
 )
 def test_command_line(fields: dict[str, Any], there: str, absent: str) -> None:
@@ -133,6 +149,15 @@ LAUNCH = "name: x\nworkload: {fixed: {prompt: 4, output: 4}}\nserver: "
         ("{launch: {environment: vllm-cpu, pool_tokens: 64, block_size: 16}}", "multiples of 32"),
         ("{launch: {environment: vllm, step_time: {b0_ms: 0}}}", "greater than 0"),
         ("{launch: {environment: vllm, pool: 4}}", "unknown key"),
+        ("{launch: {environment: vllm, gpu_memory_utilization: 1.1}}", "less than or equal to 1"),
+        (
+            "{launch: {environment: sglang-cpu, pool_tokens: 64, dtype: float16}}",
+            "dtype: leave it out",
+        ),
+        (
+            "{launch: {environment: sglang-cpu, pool_tokens: 64, tensor_parallel_size: 2}}",
+            "tensor_parallel_size: leave it out on a CPU",
+        ),
     ],
 )
 def test_a_config_is_refused_in_a_sentence(tmp_path: Path, server: str, message: str) -> None:

@@ -1,5 +1,6 @@
-"""Predictions without a server: mixed regimes, and what has no closed form."""
+"""Predictions without a server: the paper's, mixed regimes, and what has no closed form."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,48 @@ from analysis.estimate import Estimate
 from harness import predict
 from harness.config import ConfigError, ExperimentConfig, load_config
 from harness.predict import offline_predictions
+from tests.harness.program import exit_status
+
+PAPER = Path(__file__).resolve().parents[2] / "configs" / "paper"
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "demand"),
+    [("pd_1_1", 3.263, 1_079_151), ("pd_2_1", 3.956, 770_034), ("pd_1_2", 2.902, 1_339_675)],
+)
+def test_the_command_reproduces_the_paper(
+    name: str,
+    rate: float,
+    demand: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_status(monkeypatch, "predict", PAPER / f"{name}.yaml", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["paper"]
+    assert round(found["critical_rate"]["value"], 3) == rate
+    assert round(found["kv_demand"]["value"]) == demand
+
+
+def test_a_prediction_is_made_from_the_estimated_law() -> None:
+    """From 80 % of the chats, whatever is offered; the two sides are other laws."""
+    sides = {
+        side: {"shipped": "azure_2023_conv", "part": {"side": side}}
+        for side in ("estimate", "test")
+    }
+    base = {
+        "name": "parts",
+        "limits": {"pool_tokens": 65536},
+        "step_time": {"b0_ms": 20},
+    }
+
+    def demand(**laws: Any) -> float:
+        config = ExperimentConfig.model_validate({**base, **laws}, context={"folder": Path()})
+        return float(offline_predictions(config)["engine"]["kv_demand"]["value"])
+
+    estimated, other = (demand(workload=sides[side]) for side in ("estimate", "test"))
+    assert demand(predict_from=sides["estimate"], workload=sides["test"]) == estimated
+    assert other != estimated
+    assert other == pytest.approx(estimated, rel=0.05)
 
 
 def regime(output_tokens: int, b0_ms: float) -> dict[str, Any]:
