@@ -69,8 +69,16 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     crowded = min(decode, CROWDED_STEPS)
 
     def batch(name: str, prompt: float, output: int, wanted: float) -> Probe:
-        """So many requests as are wanted, or as fit."""
+        """So many requests as are wanted, or as fit.
+
+        Where the first would be through before the last one's prompt is in, all decode longer.
+        """
         tokens = max(SHORT_PROMPT, min(round(prompt), longest - output - 1))
+        if limits.mixed_budget is not None:
+            prefill_steps = math.ceil(wanted * tokens / limits.mixed_budget)
+            if prefill_steps > output:
+                output = min(output + prefill_steps, longest // 2)
+                tokens = min(tokens, longest - output - 1)
         blocks = math.ceil((tokens + output) / limits.block_size)
         count = min(round(wanted), int(FILL * limits.num_blocks / blocks), MAX_PROBE_REQUESTS)
         return Probe(name=name, prompt_tokens=tokens, output_tokens=output, count=max(1, count))

@@ -12,6 +12,7 @@ from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.evidence import Evidence, MeasuredRun
 from analysis.frames import run_frames
+from analysis.gpu_health import gpu_warnings
 from analysis.judge import judge
 from analysis.pace import Pace
 from analysis.prediction import Claim, Prediction
@@ -129,6 +130,7 @@ def _measured(store: Store, config: ExperimentConfig, run: StoredRun) -> Measure
             f"{stats['failures']} of {stats['ticks']} scrapes failed "
             f"({stats['last_failure']}); the longest gap is {stats['longest_gap_s']:.1f} s"
         )
+    warnings += gpu_warnings(frames.gpu, stats or {}, run.start_ns)
     requests = frames.requests
     residence_s = float((requests["last_token_s"] - requests["first_token_s"]).median())
     share_ms = min(LAG_OVER_RESIDENCE * residence_s * 1e3, MOST_LAG_MS)

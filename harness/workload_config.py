@@ -69,7 +69,7 @@ class LognormalConfig(Section):
 
 
 class PartConfig(Section):
-    """A random share of a trace's requests to estimate from; the other side is the rest."""
+    """A random share of the observed requests to estimate from; the other side is the rest."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.8
     seed: Annotated[int, Field(ge=0)] = 1
@@ -81,13 +81,6 @@ class TraceConfig(Section):
 
     file: File
     format: Literal["azure", "burstgpt", "mooncake", "vidur", "sharegpt"]
-    part: PartConfig | None = None
-
-    def law(self) -> Workload:
-        whole = READERS[self.format](self.file)
-        if self.part is None:
-            return whole
-        return part(whole, self.part.share, self.part.seed, self.part.side)
 
 
 class MarginalsConfig(Section):
@@ -118,6 +111,10 @@ class WorkloadConfig(Section):
     trace: TraceConfig | None = None
     marginals: MarginalsConfig | None = None
     mixture: tuple[MixtureConfig, ...] | None = None
+    cycle_requests: Positive | None = None
+    """The parts of a mixture take turns, each its share of so many requests; else they mix."""
+    part: PartConfig | None = None
+    """Of shipped or trace."""
     max_total_tokens: Positive | None = None
     declare: DeclareConfig | None = None
     ignore_eos: bool | None = None
@@ -126,12 +123,16 @@ class WorkloadConfig(Section):
     def _one_law(self) -> WorkloadConfig:
         if sum(getattr(self, name) is not None for name in LAWS) != 1:
             raise ValueError(f"give exactly one of {', '.join(LAWS)}")
+        if self.cycle_requests is not None and self.mixture is None:
+            raise ValueError("cycle_requests: it goes with mixture")
         return self
 
     def build(self) -> Workload:
         """The law of lengths. Raises ConfigError when it cannot be read or nothing is left of it."""
         try:
             workload = self._law()
+            if self.part is not None:
+                workload = part(workload, self.part.share, self.part.seed, self.part.side)
             if self.declare is not None:
                 workload = declared(workload, **self.declare.model_dump())
             if self.ignore_eos is not None:
@@ -155,13 +156,13 @@ class WorkloadConfig(Section):
         if self.shipped is not None:
             return shipped(self.shipped)
         if self.trace is not None:
-            return self.trace.law()
+            return READERS[self.trace.format](self.trace.file)
         if self.marginals is not None:
             return read_marginals(self.marginals.prompt, self.marginals.output)
         assert self.mixture is not None
         total = sum(part.weight for part in self.mixture)
         parts = [(part.weight / total, part.workload.build()) for part in self.mixture]
-        return mixture(parts)
+        return mixture(parts, self.cycle_requests or 0)
 
 
 class MixtureConfig(Section):

@@ -34,6 +34,11 @@ class Workload:
     ignore_eos: bool = True
     """Whether the client asks the server to go on past an end-of-text token. Such a request always
     runs to its ``max_tokens``, and some servers reserve memory for it by another rule."""
+    cycle_requests: int = 0
+    """Requests of a cycle in which the parts of a mixture take turns, each its share of them: traffic
+    that changes with time. 0: each request is of any part, independent of the others."""
+    part_ends: tuple[float, ...] = (1.0,)
+    """Share of the requests up to the end of each part of a mixture."""
     notes: tuple[str, ...] = ()
     """One sentence for each thing that was done to the law and that a reader must know."""
 
@@ -90,8 +95,17 @@ class Workload:
         return np.asarray(s * o + o * (o + 1) / 2)
 
     def sample(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """``count`` independent draws, shape (count, 3): prompt, output, max_tokens."""
-        index = np.searchsorted(self._cumulative, rng.random(count), side="right")
+        """``count`` draws, shape (count, 3): prompt, output, max_tokens.
+
+        They are independent; in a cycle each is so given the part whose turn it is.
+        """
+        at = rng.random(count)
+        if self.cycle_requests:
+            turn = (np.arange(count) % self.cycle_requests + 0.5) / self.cycle_requests
+            ends = np.array([0.0, *self.part_ends])
+            part_index = np.searchsorted(ends[1:-1], turn, side="right")
+            at = ends[part_index] + at * np.diff(ends)[part_index]
+        index = np.searchsorted(self._cumulative, at, side="right")
         return np.stack(
             [self.prompt_tokens[index], self.output_tokens[index], self.max_tokens[index]], axis=1
         )
@@ -199,13 +213,20 @@ def pairs(
 # -- changing laws -------------------------------------------------------------------------------
 
 
-def mixture(parts: Sequence[tuple[float, Workload]]) -> Workload:
+def mixture(parts: Sequence[tuple[float, Workload]], cycle_requests: int = 0) -> Workload:
     """Each request follows one of the laws, law i with probability q_i; the q_i sum to 1.
 
-    It is exact if all its parts are. Raises ValueError when the parts disagree on ``ignore_eos``.
+    With ``cycle_requests`` the laws take turns instead, law i for q_i of each cycle of so many requests.
+    In the long run the law of lengths is the same, and with it 1/mu, which is linear in the law
+    (theory.md 2.5): the harmonic mean of the parts. It is exact if all its parts are. Raises ValueError
+    when the parts disagree on ``ignore_eos``, or when one of them gets no turn.
     """
     if not parts or any(q < 0 for q, _ in parts) or not np.isclose(sum(q for q, _ in parts), 1.0):
         raise ValueError("a mixture needs shares that are not negative and sum to 1")
+    if any(law.cycle_requests for _, law in parts):
+        raise ValueError("a part of a mixture has no cycle of its own")
+    if cycle_requests and min(q for q, _ in parts) * cycle_requests < 1:
+        raise ValueError(f"a cycle of {cycle_requests} requests has no turn for every part")
     laws = [law for _, law in parts]
     if len({law.ignore_eos for law in laws}) > 1:
         raise ValueError(
@@ -221,6 +242,8 @@ def mixture(parts: Sequence[tuple[float, Workload]]) -> Workload:
         observed=np.concatenate([law.observed for law in laws]),
         source="; ".join(dict.fromkeys(law.source for law in laws)),
         ignore_eos=laws[0].ignore_eos,
+        cycle_requests=cycle_requests,
+        part_ends=tuple(float(end) for end in np.cumsum([q for q, _ in parts])),
         notes=tuple(dict.fromkeys(note for law in laws for note in law.notes)),
     )
 
@@ -230,8 +253,10 @@ def clipped(workload: Workload, max_total_tokens: int) -> tuple[Workload, float]
 
     Returns it with the share of requests that was cut: a filtered workload is another workload, so
     its notes say the share and what became of the mean demand. Declared lengths are lowered to what
-    is left of the limit. Raises ValueError if nothing is left.
+    is left of the limit. Raises ValueError if nothing is left, and for parts that take turns.
     """
+    if workload.cycle_requests:
+        raise ValueError(f"{workload.name}: limit each part of a cycle, not the whole")
     keep = workload.prompt_tokens + workload.output_tokens <= max_total_tokens
     share = float(workload.weight[keep].sum())
     if share <= 0.0:
@@ -314,21 +339,23 @@ Side = Literal["estimate", "test"]
 def part(workload: Workload, share: float, seed: int, side: Side) -> Workload:
     """Random part of an observed law: ``share`` of its requests to estimate from, the rest to test.
 
-    The two sides of one seed have no request in common. Raises ValueError for a law that does not
-    hold its requests one by one, or when a side would be empty.
+    The two sides of one seed have no request in common; of a histogram, the requests of a bin are
+    shared out. Raises ValueError for a law that was not observed, or when a side would be empty.
     """
-    if not (workload.observed == 1).all():
-        raise ValueError(f"{workload.name}: only a law of single observed requests can be split")
-    count = len(workload.weight)
+    if not np.isfinite(workload.observed).all():
+        raise ValueError(f"{workload.name}: only a law of observed requests can be split")
+    bins = np.repeat(np.arange(len(workload.weight)), workload.observed.astype(int))
+    count = len(bins)
     first = round(share * count)
     if not 0 < first < count:
         raise ValueError(f"{workload.name}: {share:g} of {count} requests leaves one side empty")
     order = np.random.default_rng(seed).permutation(count)
-    keep = np.zeros(count, dtype=bool)
-    keep[order[:first] if side == "estimate" else order[first:]] = True
-    size = first if side == "estimate" else count - first
+    mine = bins[order[:first] if side == "estimate" else order[first:]]
+    seen = np.bincount(mine, minlength=len(workload.weight)).astype(float)
+    size = len(mine)
     note = f"{workload.name}: the {size} of {count} requests to {side}, drawn with seed {seed}"
-    law = _part_of(workload, keep, f"{workload.name}, {size} requests to {side}")
+    counted = replace(workload, observed=seen, weight=seen / size)
+    law = _part_of(counted, seen > 0, f"{workload.name}, {size} requests to {side}")
     return replace(law, notes=(*law.notes, note))
 
 

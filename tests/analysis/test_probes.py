@@ -73,14 +73,35 @@ def test_the_probes_tell_the_four_terms_apart() -> None:
     assert fit.law.coefficients() == pytest.approx(LAW.coefficients(), rel=0.05)
 
 
+@pytest.mark.parametrize("budget", [256, 2048])
+def test_a_batch_decodes_at_once_however_long_its_prompts_take(budget) -> None:
+    """At 256 tokens a step the prompts of a typical batch take longer than its outputs did."""
+    limits = replace(LIMITS, max_num_batched_tokens=budget, num_blocks=2048, max_model_len=1024)
+    law = uniform((100, 300), (100, 300))
+    for probe in design_probes(law, limits):
+        if probe.output_tokens == 1 or probe.prompts:
+            continue
+        lengths = np.array([(probe.prompt_tokens, *[probe.output_tokens] * 2)] * probe.count)
+        records = simulate(limits, LAW, np.zeros(probe.count), lengths, 600.0).records
+        begun = max(r.first_token_ns for r in records)
+        decoding = sum(r.last_token_ns > begun for r in records)
+        assert decoding == probe.count, probe.name
+
+
+@pytest.mark.parametrize("budget", [None, 64])
 @pytest.mark.parametrize("blocks", [64, 300, 5000])
 @pytest.mark.parametrize(
     "lengths", [((16, 112), (16, 112)), ((400, 800), (8, 20)), ((4, 9), (200, 700))]
 )
-def test_probes_fit_the_pool_and_meet_the_ceilings_that_matter(blocks, lengths) -> None:
+def test_probes_fit_the_pool_and_meet_the_ceilings_that_matter(blocks, lengths, budget) -> None:
     workload = uniform(*lengths)
     longest = int((workload.prompt_tokens + workload.output_tokens).max())
-    limits = EngineLimits(num_blocks=blocks, block_size=16, max_model_len=max(longest, 200))
+    limits = EngineLimits(
+        num_blocks=blocks,
+        block_size=16,
+        max_model_len=max(longest, 200),
+        max_num_batched_tokens=budget,
+    )
     if longest > limits.pool_tokens:
         pytest.skip("the workload does not fit")
     chunk = int(workload.prompt_tokens.max())

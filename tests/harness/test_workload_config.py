@@ -35,7 +35,7 @@ def law(section: object, folder: Path = Path()) -> Workload:
         ({"shipped": "azure_2023_conv"}, "azure_2023_conv"),
         ({"trace": {"file": "b.csv", "format": "burstgpt"}}, "b"),
         (
-            {"trace": {"file": "b.csv", "format": "burstgpt", "part": {"side": "test"}}},
+            {"trace": {"file": "b.csv", "format": "burstgpt"}, "part": {"side": "test"}},
             "b, 2 requests to test",
         ),
         ({"marginals": {"prompt": "m.csv", "output": "m.csv"}}, "m x m"),
@@ -68,6 +68,8 @@ def test_every_law_is_built(tmp_path: Path, section: object, name: str) -> None:
         (FIXED | {"declare": {"max_tokens": 3}}, "below the longest output of 4"),
         (FIXED | {"declare": {"extra": 3}, "ignore_eos": True}, "set ignore_eos to false"),
         ({"shipped": "burstgpt"}, "azure_2023_conv"),
+        (FIXED | {"cycle_requests": 9}, "cycle_requests: it goes with mixture"),
+        (FIXED | {"part": {"side": "test"}}, "only a law of observed requests"),
         ({"marginals": {"prompt": "no.csv", "output": "no.csv"}}, "there is no file"),
         (
             {"lognormal": {"prompt": LENGTH, "output": LENGTH, "correlation": -0.95}},

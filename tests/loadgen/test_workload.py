@@ -160,10 +160,41 @@ def test_parts_are_disjoint_and_complete() -> None:
     assert np.array_equal(one.prompt_tokens, wl.part(law, 0.8, 3, "estimate").prompt_tokens)
     assert not np.array_equal(one.prompt_tokens, wl.part(law, 0.8, 4, "estimate").prompt_tokens)
     assert one.notes == ("seen: the 81 of 101 requests to estimate, drawn with seed 3",)
-    with pytest.raises(ValueError, match="only a law of single observed requests"):
+    with pytest.raises(ValueError, match="only a law of observed requests"):
         wl.part(wl.fixed(1, 1), 0.8, 1, "test")
     with pytest.raises(ValueError, match="leaves one side empty"):
         wl.part(law, 0.999, 1, "test")
+
+
+def test_parts_share_out_the_requests_of_each_bin() -> None:
+    law = wl.pairs([5, 7, 9], [1, 2, 3], count=[60, 1, 39], name="bins", source="here")
+    one, other = (wl.part(law, 0.8, 3, side) for side in ("estimate", "test"))
+    assert (one.observed.sum(), other.observed.sum()) == (80, 20)
+    seen = dict.fromkeys((5, 7, 9), 0.0)
+    for side in (one, other):
+        assert side.weight == pytest.approx(side.observed / side.observed.sum())
+        for s, count in zip(side.prompt_tokens.tolist(), side.observed, strict=True):
+            seen[s] += count
+    assert seen == {5: 60, 7: 1, 9: 39}
+
+
+def test_the_parts_of_a_cycle_take_turns_and_keep_the_law() -> None:
+    """Of each 10 requests 3 follow the first law, then 7 the second; the long-run law is the mixture."""
+    parts = [(0.3, wl.uniform((1, 9), (1, 9))), (0.7, wl.uniform((11, 19), (11, 19)))]
+    law, mixed = wl.mixture(parts, cycle_requests=10), wl.mixture(parts)
+    drawn = law.sample(np.random.default_rng(2), 20_000)
+    assert ((drawn[:, 0] > 10) == (np.arange(20_000) % 10 >= 3)).all()
+    for column, values in ((0, mixed.prompt_tokens), (1, mixed.output_tokens)):
+        error = np.sqrt(mixed.mean(values.astype(float) ** 2) / 20_000)
+        assert drawn[:, column].mean() == pytest.approx(mixed.mean(values), abs=4 * error)
+    assert abs(np.corrcoef(drawn[:, 0] % 10, drawn[:, 1] % 10)[0, 1]) < 0.03
+    for refused in (
+        lambda: wl.mixture(parts, cycle_requests=2),
+        lambda: wl.mixture([(1.0, law)]),
+        lambda: wl.clipped(law, 20),
+    ):
+        with pytest.raises(ValueError, match=r"turn|cycle"):
+            refused()
 
 
 def observed(rng: np.random.Generator, count: int) -> wl.Workload:
