@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.live
+
 LAW = {"b0_ms": 6, "b1_us_per_token": 10, "b2_ns_per_kv_token": 500}
 CONFIG = {
     "name": "small",

@@ -20,6 +20,8 @@ from harness.mock import MockConfig, PacedEngine
 from tests.harness import served
 from tests.harness.served import Talk, events
 
+pytestmark = pytest.mark.live
+
 LIMITS = EngineLimits(
     num_blocks=64, block_size=16, max_num_seqs=77, max_num_batched_tokens=613, max_model_len=512
 )

@@ -19,6 +19,8 @@ from analysis.step_time import StepTime
 from harness.mock import MockConfig
 from harness.mock_http import serve
 
+pytestmark = pytest.mark.live
+
 LAW = StepTime(b0_s=0.005, b1_s_per_token=1e-5, b2_s_per_kv_token=1e-6, b3_s_per_request=2e-5)
 """Whole nanoseconds for whole tokens, so that float and integer clocks agree."""
 

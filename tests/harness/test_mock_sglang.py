@@ -27,6 +27,8 @@ from loadgen.records import RequestRecord
 from tests.harness import served
 from tests.harness.served import Talk, events
 
+pytestmark = pytest.mark.live
+
 LIMITS = EngineLimits(
     num_blocks=1024,
     block_size=1,

@@ -15,6 +15,8 @@ import yaml
 
 from harness.launch import ENVIRONMENTS
 
+pytestmark = pytest.mark.live
+
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "vllm_cpu.yaml"
 
 

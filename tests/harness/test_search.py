@@ -19,6 +19,8 @@ from harness.display import Display
 from harness.search_command import search_server
 from harness.store import Store
 
+pytestmark = pytest.mark.live
+
 CONFIG = {
     "name": "small",
     "server": {

@@ -22,6 +22,8 @@ from harness.server import (
 )
 from loadgen.client import open_session
 
+pytestmark = pytest.mark.live
+
 # Serves 200 at /health after a delay, has a child of its own, and writes both pids down.
 PROGRAM = """
 import http.server, os, pathlib, signal, subprocess, sys, time

@@ -16,6 +16,8 @@ import pytest
 from harness import sweep as module
 from harness.sweep import ONE_THREAD, SweepError, cluster_option, sweep
 
+pytestmark = pytest.mark.live
+
 # Functions for workers, which import them from here.
 
 

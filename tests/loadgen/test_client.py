@@ -11,6 +11,8 @@ from aiohttp import web
 from loadgen.client import TokenStream, complete, open_session
 from loadgen.prompts import completion_body
 
+pytestmark = pytest.mark.live
+
 PROMPT = np.arange(3, 14, dtype=np.int32)
 
 

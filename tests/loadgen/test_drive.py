@@ -17,6 +17,8 @@ from loadgen.fidelity import fidelity
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import Run
 
+pytestmark = pytest.mark.live
+
 
 def server(step_s, open_now):
     """Streams one token per ``step_s`` to everybody; ``open_now`` holds how many it serves."""
