@@ -61,7 +61,9 @@ class Stretch:
         One cosine for `RESIDENCES_PER_COSINE`: the slowest wave, and what else is of a residence's
         length, stays above them.
         """
-        cosines = max(LEAST_COSINES, min(MOST_COSINES, int(self.residences / RESIDENCES_PER_COSINE)))
+        cosines = max(
+            LEAST_COSINES, min(MOST_COSINES, int(self.residences / RESIDENCES_PER_COSINE))
+        )
         transformed = dct(self.rates, norm="ortho")[1 : cosines + 1]
         squares: NDArray[np.float64] = transformed**2 * (self.duration_s / len(self.rates))
         return squares

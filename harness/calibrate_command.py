@@ -58,7 +58,7 @@ async def calibrate_server(
     What is returned is the record as it lies in the file. A vLLM that is started here logs its
     iterations. Raises what `harness.calibrate.calibrate` and the server's start raise.
     """
-    workload = config.law()
+    workload = config.estimated_law()
     write_inputs(config, store)
     display.phase("starting the server")
     async with target_server(_talkative(config), store) as target:
