@@ -35,8 +35,8 @@ def simulated_rate(
 
     The first 2.5 longest residences are left out; then a backlog joins the queue, so that it lasts.
     Departures are normalised by work in the unit of the ceiling that is predicted to bind
-    (`analysis.capacity.work_of`). The interval (95 %) is that of the means of 10 batches. The window is
-    as long as ``requests`` completions should take, and at least 12 mean residences.
+    (`analysis.capacity.work_served`). The window is as long as ``requests`` completions should take, and
+    at least 12 mean residences.
 
     Raises ValueError if the queue ever empties: then the engine was not saturated.
     """
@@ -66,7 +66,7 @@ def simulated_rate(
         arrival_s,
         lengths,
         run.horizon_s,
-        sample_interval_s=run.horizon_s,
+        sample_interval_s=first.mean_residence_s / 4,
         ignore_eos=workload.ignore_eos,
         compiled=False if request_steps < COMPILED_FROM else None,
     )
@@ -76,7 +76,7 @@ def simulated_rate(
         emptied_s = float(steps.start_s[inside][steps.waiting[inside] == 0][0]) - warm_up_s
         raise ValueError(f"the queue emptied {emptied_s:.3g} s into the window: raise the overload")
     frames = simulated.frames(run)
-    window = Backlog(warm_up_s, frames.end_s)
+    window = Backlog(warm_up_s, float(frames.per_sample("t_s")[-1]))
     demand = workload.mean(work_demand(workload, first.binding))
     found = work_served(frames, window, demand, first.binding).estimate
     completed = int((frames.departures_s >= warm_up_s).sum())
