@@ -26,9 +26,9 @@ def truth() -> Known:
     return known(WIDE, requests=5000, theta=0.1)
 
 
-@pytest.mark.parametrize(("factor", "growth"), [(0.96, "cannot say"), (1.04, "linear")])
+@pytest.mark.parametrize("factor", [0.96, 1.04])
 def test_a_server_that_changed_its_speed_is_not_taken_for_critical(
-    truth: Known, factor: float, growth: str, monkeypatch: pytest.MonkeyPatch
+    truth: Known, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     law = WIDE.server.law
     scaled = StepTime(
@@ -45,7 +45,7 @@ def test_a_server_that_changed_its_speed_is_not_taken_for_critical(
     monkeypatch.setattr(near_critical, "offered", served)
     (found,) = near_runs(WIDE, truth, (1.0,), theta=0.1, seed=1)
     assert found.settling is not None
-    assert found.settling.growth == growth
+    assert found.settling.growth == "cannot say"
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
