@@ -71,12 +71,12 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     def batch(name: str, prompt: float, output: int, wanted: float) -> Probe:
         """So many requests as are wanted, or as fit.
 
-        Where the first would be through before the last one's prompt is in, all decode longer.
+        Where most would be through before the last prompt is in, all decode longer.
         """
         tokens = max(SHORT_PROMPT, min(round(prompt), longest - output - 1))
         if limits.mixed_budget is not None:
             prefill_steps = math.ceil(wanted * tokens / limits.mixed_budget)
-            if prefill_steps > output:
+            if prefill_steps > 2 * output:
                 output = min(output + prefill_steps, longest // 2)
                 tokens = min(tokens, longest - output - 1)
         blocks = math.ceil((tokens + output) / limits.block_size)
