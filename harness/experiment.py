@@ -24,7 +24,13 @@ from harness.gpu import NoGpu
 from harness.gpu_choice import engine_gpus, gpu_note
 from harness.gpu_reader import GpuReader
 from harness.offer import Stage, most_in_flight, offer
-from harness.plan import Plan, StartOption, least_excess, make_plan
+from harness.plan import (
+    Plan,
+    StartOption,
+    least_excess,
+    make_plan,
+    require_distinct_prompts,
+)
 from harness.predict import narrow_enough, predictions
 from harness.sampler import ServerGone
 from harness.saturated import calibration_record
@@ -66,6 +72,7 @@ async def run_experiment(
         plan = _plan(config, workload, claim, engine, digest, load.rates, load.start)
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
+        require_distinct_prompts(plan, workload, range(*config.load.vocabulary))
         for run in plan.runs:
             arrivals = run.preload + round(run.arrival_rate * run.horizon_s)
             require_file_descriptors(most_in_flight(arrivals, run, claim.critical_rate.value))

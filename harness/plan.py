@@ -17,6 +17,8 @@ from analysis.growth import (
 )
 from analysis.prediction import Prediction
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
+from harness.sections import ConfigError
+from loadgen.prompts import label_tokens
 from loadgen.records import Run, Start
 from loadgen.workload import Workload
 
@@ -155,3 +157,16 @@ def make_plan(
     return Plan(
         runs=tuple(runs), power=tuple(powers), theta=theta, prediction_digest=prediction_digest
     )
+
+
+def require_distinct_prompts(plan: Plan, workload: Workload, vocabulary: range) -> None:
+    """Raise ConfigError where the shortest prompts are too short to differ from all others of a run."""
+    most = max(run.preload + run.arrival_rate * run.horizon_s for run in plan.runs)
+    needed = label_tokens(round(1.2 * most), len(vocabulary))
+    shortest = int(workload.prompt_tokens.min())
+    if shortest < needed:
+        raise ConfigError(
+            f"workload: prompts of {shortest} tokens cannot all differ among {most:.0f} with "
+            f"{len(vocabulary)} token ids: let prompts have {needed} tokens or more, or widen "
+            "load.vocabulary"
+        )

@@ -35,9 +35,7 @@ def make_prompts(prompt_tokens: ArrayLike, seed: int, vocabulary: range) -> list
     if lengths.ndim != 1:
         raise ValueError(f"prompt lengths must have shape (n,), not {lengths.shape}")
     count = len(lengths)
-    digits = 1
-    while base**digits < count:
-        digits += 1
+    digits = label_tokens(count, base)
     if count and lengths.min() < digits:
         raise ValueError(
             f"a prompt of {lengths.min()} tokens cannot be unique among {count} with {base} ids: "
@@ -52,6 +50,14 @@ def make_prompts(prompt_tokens: ArrayLike, seed: int, vocabulary: range) -> list
         prompt[:digits] = own_label
         prompts.append(prompt + np.int32(vocabulary.start))
     return prompts
+
+
+def label_tokens(count: int, ids: int) -> int:
+    """How many first tokens tell ``count`` prompts apart, of so many token ids."""
+    digits = 1
+    while ids**digits < count:
+        digits += 1
+    return digits
 
 
 def completion_body(

@@ -6,7 +6,15 @@ from analysis.critical_rate import predict
 from analysis.engine import EngineLimits
 from analysis.evidence import variance_ratio
 from analysis.step_time import StepTime, exact_step_time
-from harness.plan import Plan, StartOption, least_excess, make_plan, preload_size
+from harness.plan import (
+    Plan,
+    StartOption,
+    least_excess,
+    make_plan,
+    preload_size,
+    require_distinct_prompts,
+)
+from harness.sections import ConfigError
 from loadgen.workload import uniform
 
 WORKLOAD = uniform((16, 112), (16, 112))
@@ -99,3 +107,13 @@ def test_a_run_at_the_predicted_rate_has_the_power_of_the_least_excess() -> None
     assert at.power == pytest.approx(off.power, abs=0.02)
     requests = [run.arrival_rate * (run.horizon_s - run.warmup_s) for run in (*at.runs, *off.runs)]
     assert requests[0] == pytest.approx(requests[1], rel=0.01)
+
+
+def test_prompts_too_short_to_differ_are_refused_before_the_load() -> None:
+    short = uniform((1, 30), (1, 30))
+    few, many = plan(1.2, horizon_s=20.0), plan(1.2, horizon_s=600.0)
+    ids = range(3, 3 + round(4 * few.runs[0].arrival_rate * 20))
+    require_distinct_prompts(few, short, ids)
+    require_distinct_prompts(many, uniform((2, 30), (1, 30)), ids)
+    with pytest.raises(ConfigError, match=r"prompts of 1 tokens.*2 tokens or more.*vocabulary"):
+        require_distinct_prompts(many, short, ids)
