@@ -129,32 +129,31 @@ def work_served(
     """
     residences = window.duration_s / frames.mean_residence_s
     edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
-    work = work_done(frames, edges, binding)
-    work -= _misplaced(frames, edges) * _per_token(frames, edges, work)
-    rates = service_rates(work, edges, demand)
+    rates = service_rates(
+        _put_right(frames, edges, work_done(frames, edges, binding)), edges, demand
+    )
     method = f"{UNITS[binding]} under backlog over its mean per request"
     return Stretch(rates, window.duration_s, residences, "req/s", method)
 
 
-def _misplaced(frames: RunFrames, edges_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Tokens by which even progress is ahead of the engine's own counter at each edge; (edges,).
+def _put_right(
+    frames: RunFrames, edges_s: NDArray[np.float64], work: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``work`` by even progress less that of the tokens which this is ahead of the engine's own counter.
 
     A preempted request stands still: spread over its residence its tokens come too early, but for those
-    that still stand at the end of a run. The edges lie within the samples. Zeros where the counter was
-    not recorded or stood still.
+    that still stand at the end of a run. The tokens weigh as much as a mean one between the first and
+    the last edge. The edges lie within the samples. Unchanged where the counter was not recorded or
+    stood still.
     """
     if "generation_tokens" not in frames.engine:
-        return np.zeros_like(edges_s)
+        return work
     counted = np.interp(edges_s, frames.per_sample("t_s"), frames.per_sample("generation_tokens"))
     if counted[-1] <= counted[0]:
-        return np.zeros_like(edges_s)
-    return np.asarray(tokens_received(frames, edges_s).sum(axis=0) - counted)
-
-
-def _per_token(frames: RunFrames, edges_s: NDArray[np.float64], work: NDArray[np.float64]) -> float:
-    """Mean work of a token served between the first and the last edge."""
-    tokens = tokens_received(frames, edges_s[[0, -1]]).sum(axis=0)
-    return float((work[-1] - work[0]) / max(tokens[1] - tokens[0], 1.0))
+        return work
+    tokens = tokens_received(frames, edges_s).sum(axis=0)
+    per_token = (work[-1] - work[0]) / max(tokens[-1] - tokens[0], 1.0)
+    return np.asarray(work - (tokens - counted) * per_token)
 
 
 def completions(frames: RunFrames, window: Backlog) -> Stretch:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from analysis.capacity import CAPACITY_BATCHES
 from analysis.estimate import Estimate
 from analysis.evidence import Evidence, work_demand
 from analysis.identity import WASTED, Books, books
@@ -26,7 +25,7 @@ from analysis.operating_point import (
     forms_cohorts,
     paper_point,
 )
-from analysis.run_verdict import BATCH_RESIDENCES, MIN_BATCHES, Capacity
+from analysis.run_verdict import Capacity, independent_batches
 from analysis.step_time import StepTimeFit
 from analysis.waterfall import Counting, countings, steps_and_sums
 
@@ -85,7 +84,7 @@ class Walk:
         found = []
         for c in self.backlogged:
             residences = c.saturated.window.duration_s / c.run.frames.mean_residence_s
-            parts = max(MIN_BATCHES, min(CAPACITY_BATCHES, int(residences / BATCH_RESIDENCES)))
+            parts = independent_batches(residences)
             found.append(books(c.run.frames, c.saturated, parts, self._refill_s))
         return found
 

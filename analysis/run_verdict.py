@@ -178,6 +178,14 @@ class Capacity:
         return self.work.estimate
 
 
+def independent_batches(residences: float) -> int:
+    """How many batches a backlog of so many mean residence times gives.
+
+    A request's work is spread over its residence: shorter batches would not be independent.
+    """
+    return max(MIN_BATCHES, min(CAPACITY_BATCHES, int(residences / BATCH_RESIDENCES)))
+
+
 def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     """Service rate of a run that stayed backlogged long enough; None otherwise."""
     if not run.valid:
@@ -195,9 +203,7 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     unit = "kv_cache" if binds == "unknown" else binds
     demand = evidence.workload.mean(work_demand(evidence.workload, unit))
     kv_demand = evidence.workload.mean(work_demand(evidence.workload))
-    # A request's work is spread over its residence: shorter batches would not be independent.
-    residences = window.duration_s / residence_s
-    batches = max(MIN_BATCHES, min(CAPACITY_BATCHES, int(residences / BATCH_RESIDENCES)))
+    batches = independent_batches(window.duration_s / residence_s)
     return Capacity(
         run,
         saturated,

@@ -102,11 +102,11 @@ def capacities(setting: Setting, requests: int, seed: int) -> Capacities:
     )
     size = preload_size(predicted, empty.horizon_s, variance_ratio(setting.workload))
     full = replace(empty, id="preloaded", seed=2 * seed + 1, preload=size)
-    poisson, preloaded = (_capacity(setting, predicted, run) for run in (empty, full))
+    poisson, preloaded = (_capacity(setting, run) for run in (empty, full))
     return Capacities(poisson, preloaded, size)
 
 
-def _capacity(setting: Setting, predicted: Prediction, run: Run) -> Estimate:
+def _capacity(setting: Setting, run: Run) -> Estimate:
     frames = offered(setting.server, setting.workload, run).frames
     window = backlogged_window(frames, run.warmup_s)
     least_s = LEAST_BACKLOGGED * (run.horizon_s - run.warmup_s)
