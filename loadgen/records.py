@@ -1,74 +1,52 @@
-"""The record of one request: the contract between load, storage and analysis."""
+"""What a run was to be, what came of its requests and of its load: the contract between load, storage
+and analysis."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-Outcome = Literal["completed", "rejected", "timed_out", "failed", "unfinished"]
-OUTCOMES: tuple[str, ...] = get_args(Outcome)
+from loadgen.processes import POISSON, Process, dispersion, process_from_dict
+from loadgen.request_record import OUTCOMES, Outcome, RequestRecord
+
+__all__ = ["OUTCOMES", "FidelityCheck", "LoadFidelity", "Outcome", "RequestRecord", "Run", "Start"]
+
 Start = Literal["empty", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
-    """One request of an open-loop run. Times are monotonic nanoseconds of the client's clock.
-
-    ``scheduled_ns`` is the instant the arrival process asked for and the origin of every latency;
-    ``sent_ns`` only audits the generator. A request without its last token when the run ended is
-    ``unfinished``: it is part of the queue, not an error. Its ``output_tokens`` are those received.
-    """
-
-    id: int
-    scheduled_ns: int
-    sent_ns: int | None
-    first_token_ns: int | None
-    last_token_ns: int | None
-    prompt_tokens: int
-    """Prompt length that was sent."""
-    output_tokens_designed: int
-    """Output length that the workload law drew; the server must produce exactly this many."""
-    max_tokens: int
-    """Output length that the client declared to the server (at least the designed one)."""
-    output_tokens: int
-    """Tokens received, by the server's own usage count where it sent one."""
-    prompt_tokens_reported: int | None
-    """Prompt length by the server's usage count; None when no usage arrived."""
-    outcome: Outcome
-    status: int | None = None
-    """HTTP status; None when no response line arrived."""
-    error: str | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @staticmethod
-    def from_json(line: str | bytes) -> RequestRecord:
-        data: dict[str, Any] = json.loads(line)
-        return RequestRecord(**data)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run of an experiment as planned: Poisson arrivals at one rate from one seed.
+    """One run of an experiment as planned: arrivals of one law and mean rate from one seed.
 
     Statistics use [warmup_s, horizon_s); the load itself covers [0, horizon_s). A run may start full:
-    then ``preload`` requests are sent at once at its beginning, before the Poisson arrivals.
+    then ``preload`` requests are sent at once at its beginning, before the other arrivals.
     """
 
     id: str
     arrival_rate: float
-    """Requests per second."""
+    """Requests per second, in the mean."""
     horizon_s: float
     warmup_s: float
     seed: int
     preload: int = 0
     """Requests of the burst at the beginning; 0: the run starts empty."""
+    arrivals: Process = POISSON
 
     @property
     def start(self) -> Start:
         return "full" if self.preload else "empty"
+
+    @property
+    def ca2(self) -> float:
+        """Variance over mean of the number of arrivals in the long run; NaN for a replay."""
+        return dispersion(self.arrivals, self.arrival_rate)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Run:
+        """A run as it was written; older ones, without ``arrivals``, are Poisson."""
+        law = process_from_dict(data["arrivals"]) if "arrivals" in data else POISSON
+        return Run(**{**data, "arrivals": law})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

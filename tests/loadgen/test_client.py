@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from loadgen.client import TokenStream, complete, open_session
+from loadgen.client import complete, open_session
+from loadgen.exchange import TokenStream
 from loadgen.prompts import completion_body
 
 pytestmark = pytest.mark.live

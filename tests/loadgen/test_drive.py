@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from loadgen import drive as module
+from loadgen import open_files as module
 from loadgen.arrivals import poisson, run_arrivals
 from loadgen.client import open_session
 from loadgen.drive import drive, require_file_descriptors
@@ -76,7 +76,7 @@ def offer(
                 driving = asyncio.create_task(
                     drive(
                         session,
-                        url,
+                        (url,),
                         arrival_s,
                         bodies,
                         lengths,
@@ -213,6 +213,11 @@ def test_progress_is_reported_and_collection_restored():
     assert gc.get_freeze_count() == 0
 
 
+def test_a_slice_keeps_the_ids_of_the_schedule():
+    records, start_ns, _ = offer(np.array([0.1, 0.2]), horizon_s=0.5, drain_s=5.0, ids=[7, 3])
+    assert {(r.id, r.scheduled_ns - start_ns) for r in records} == {(7, 10**8), (3, 2 * 10**8)}
+
+
 def test_no_arrivals_just_pass_the_time():
     records, _, _ = offer(np.array([]), horizon_s=0.1)
     assert records == []
@@ -230,7 +235,7 @@ def test_schedules_outside_the_horizon_are_refused(arrival_s, horizon_s):
 def test_bodies_and_lengths_must_fit_the_arrivals():
     lengths = np.ones((2, 3), dtype=np.int64)
     with pytest.raises(ValueError, match="2 arrivals need 2 bodies"):
-        asyncio.run(drive(None, "", np.array([0.1, 0.2]), [b""], lengths, 1.0, 0, print))
+        asyncio.run(drive(None, ("",), np.array([0.1, 0.2]), [b""], lengths, 1.0, 0, print))
 
 
 def test_the_file_limit_is_raised_or_its_mend_named(monkeypatch):

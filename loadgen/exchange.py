@@ -1,0 +1,189 @@
+"""One request and its streamed answer, whatever carries them: what every client has in common."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loadgen.request_record import Outcome, RequestRecord
+
+ERROR_CHARACTERS = 300
+CONNECT_TIMEOUT_S = 60.0
+KEEPALIVE_S = 3.0
+"""Below the 5 s after which uvicorn closes an idle connection: reusing one at the very moment the
+server closes it would fail a request for no fault of the engine."""
+
+# Quotes inside a JSON string are escaped, so these never match generated text.
+CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+COMPACT_CONTENT = b'"choices":[{'
+USAGE = b'"completion_tokens"'
+DONE = b"[DONE]"
+ERROR = b'"error"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One arrival as it is sent; the names are those of its record."""
+
+    id: int
+    url: str
+    body: bytes
+    scheduled_ns: int
+    prompt_tokens: int
+    output_tokens_designed: int
+    max_tokens: int
+
+
+class Flight(Protocol):
+    """A request on its way."""
+
+    @property
+    def stream(self) -> TokenStream:
+        """What has come so far."""
+
+    def stop(self) -> None:
+        """End it now and close its connection: its record comes, ``unfinished``."""
+
+
+class Client(Protocol):
+    """Sends requests; holds the connections."""
+
+    def send(
+        self, request: Request, ended: Callable[[RequestRecord], None], timeout_s: float | None
+    ) -> Flight:
+        """Send now; ``ended`` gets the record once, never before this returns."""
+
+    async def close(self) -> None:
+        """Close every connection."""
+
+
+@dataclass(slots=True)
+class TokenStream:
+    """What one event stream has brought so far.
+
+    Per read it only searches bytes and keeps the last read of each kind; JSON is parsed once, at
+    the end. Each event is one ``data:`` line. Content events are those with a non-empty
+    ``choices``.
+    """
+
+    sent_ns: int | None = None
+    first_token_ns: int | None = None
+    last_token_ns: int | None = None
+    content_events: int = 0
+    tail: bytes = b""
+    content: bytes = b""
+    usage: bytes = b""
+    other: bytes = b""
+
+    def feed(self, data: bytes, now_ns: int) -> None:
+        """Take in the bytes of one socket read."""
+        if self.tail:
+            data = self.tail + data
+            self.tail = b""
+        if not data.endswith(b"\n"):
+            cut = data.rfind(b"\n") + 1
+            self.tail = data[cut:]
+            if not cut:
+                return
+            data = data[:cut]
+        # A server writes all its JSON in one style, mostly the compact one.
+        events = data.count(COMPACT_CONTENT) or len(CONTENT.findall(data))
+        if events:
+            if self.first_token_ns is None:
+                self.first_token_ns = now_ns
+            self.last_token_ns = now_ns
+            self.content_events += events
+            self.content = data
+        elif ERROR in data or DONE not in data:
+            self.other = data
+        # From the right: an event ends with its usage.
+        if data.rfind(USAGE) >= 0:
+            self.usage = data
+
+    def ending(self) -> tuple[Outcome, str | None]:
+        """How a stream that the server closed in good order ended."""
+        for event in reversed(_events(self.content)):
+            for choice in event.get("choices") or ():
+                reason = choice.get("finish_reason")
+                if reason is not None and "abort" not in str(reason):
+                    return "completed", None
+                return "failed", self._complaint(f"finish_reason {reason}")
+        return "failed", self._complaint("no content")
+
+    def usage_counts(self) -> tuple[int | None, int | None]:
+        """Output and prompt tokens by the server's last usage; None where it sent none."""
+        for event in reversed(_events(self.usage)):
+            usage = event.get("usage")
+            if isinstance(usage, dict):
+                return usage.get("completion_tokens"), usage.get("prompt_tokens")
+        return None, None
+
+    def _complaint(self, what: str) -> str:
+        """With the last line that is no content: where a server reports an error, it is there."""
+        lines = (self.content + self.other + self.tail).splitlines()
+        words = [line for line in lines if line and DONE not in line and not CONTENT.search(line)]
+        said = words[-1].decode(errors="replace") if words else "it said nothing else"
+        return f"stream ended early, {what}: {said}"[:ERROR_CHARACTERS]
+
+
+def record_of(
+    request: Request,
+    stream: TokenStream,
+    outcome: Outcome,
+    status: int | None = None,
+    error: str | None = None,
+) -> RequestRecord:
+    """The record of a request that ended so, with what its stream had brought."""
+    counted, prompt_reported = stream.usage_counts()
+    return RequestRecord(
+        id=request.id,
+        scheduled_ns=request.scheduled_ns,
+        sent_ns=stream.sent_ns,
+        first_token_ns=stream.first_token_ns,
+        last_token_ns=stream.last_token_ns,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens_designed=request.output_tokens_designed,
+        max_tokens=request.max_tokens,
+        output_tokens=stream.content_events if counted is None else counted,
+        prompt_tokens_reported=prompt_reported,
+        outcome=outcome,
+        status=status,
+        error=error,
+    )
+
+
+def refusal(status: int, body: bytes) -> tuple[Outcome, str]:
+    """Outcome and error of a request that was answered with another status than 200.
+
+    ``body``: the first `ERROR_CHARACTERS` bytes of the answer.
+    """
+    outcome: Outcome = "rejected" if status in (429, 503) else "failed"
+    # A server that refuses a key may repeat it.
+    if wants_key(status):
+        return outcome, f"HTTP {status}: the server wants a key, or another one"
+    return outcome, f"HTTP {status}: {body[:ERROR_CHARACTERS].decode(errors='replace')}"
+
+
+def wants_key(status: int) -> bool:
+    """Is this the status of a key that is missing or wrong? Nothing of the answer is then kept."""
+    return status in (401, 403)
+
+
+def in_short(problem: BaseException) -> str:
+    """An exception as the ``error`` of a record."""
+    return f"{type(problem).__name__}: {problem}"[:ERROR_CHARACTERS]
+
+
+def _events(data: bytes) -> list[dict[str, Any]]:
+    """Parsed events without damaged ones: their finish reason or counts will then be missing."""
+    events = []
+    for line in data.splitlines():
+        payload = line.removeprefix(b"data:").strip()
+        if payload.startswith(b"{"):
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(payload))
+    return events

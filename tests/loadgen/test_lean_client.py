@@ -1,0 +1,297 @@
+"""The lean client and the general one against the same server, byte for byte: the same records."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+from contextlib import closing
+
+import pytest
+import uvloop
+
+from loadgen.client import SessionClient, open_session
+from loadgen.exchange import Request
+from loadgen.lean_client import LeanClient
+from loadgen.pacing import Alarm
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+def event(tokens, finish=None, text=" a"):
+    usage = {"prompt_tokens": 11, "completion_tokens": tokens}
+    choice = {"index": 0, "text": text, "finish_reason": finish}
+    return f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
+
+
+LAST = b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":3}}\n\n'
+EVENTS = [event(1, text='\r\n0\r\n\r\n "choices":[{'), event(2), event(3, "length"), LAST]
+DONE = b"data: [DONE]\n\n"
+BODY = b"".join(EVENTS) + DONE
+
+
+def chunks(*pieces):
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+
+
+def answer(status, body, *fields):
+    head = "".join(f"{field}\r\n" for field in (*fields, f"Content-Length: {len(body)}"))
+    return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+GOOD = CHUNKED + chunks(*EVENTS, DONE) + b"0\r\n\r\n"
+CLOSE = object()
+
+SCRIPTS = {
+    "chunked": [GOOD],
+    "chunks across events": [
+        CHUNKED + chunks(*(BODY[at : at + 50] for at in range(0, len(BODY), 50))) + b"0\r\n\r\n"
+    ],
+    "trailers": [CHUNKED + chunks(BODY) + b"0\r\nX-Time: 3\r\nX-More: 4\r\n\r\n"],
+    "content length": [HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY],
+    "to the close": [HEAD + b"Connection: close\r\n\r\n" + BODY, CLOSE],
+    "no DONE": [CHUNKED + chunks(*EVENTS) + b"0\r\n\r\n"],
+    "big": [CHUNKED + chunks(event(1, text="a" * 300_000), event(2, "stop")) + b"0\r\n\r\n"],
+    "interim": [b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD],
+    "abort": [CHUNKED + chunks(event(1), event(2, "abort")) + b"0\r\n\r\n"],
+    "error event": [CHUNKED + chunks(event(1), b'data: {"error":"dead"}\n\n') + b"0\r\n\r\n"],
+    "no content": [CHUNKED + b"0\r\n\r\n"],
+    "429": [answer("429 Too Many Requests", b"queue is full " * 100)],
+    "503": [answer("503 Service Unavailable", b"")],
+    "500": [answer("500 Oops", b'{"error":"x"}')],
+    "500 in chunks": [
+        b"HTTP/1.1 500 Oops\r\nTransfer-Encoding: chunked\r\n\r\n",
+        chunks(b"so", b"rry"),
+        b"0\r\n\r\n",
+    ],
+    "401": [answer("401 Unauthorized", b"your key abc is wrong")],
+    "307": [answer("307 Temporary Redirect", b"there", "Location: /elsewhere")],
+    "204": [b"HTTP/1.1 204 No Content\r\n\r\n"],
+    # The texts of what the network does are each client's own.
+    "closed at once": [CLOSE],
+    "closed in the head": [HEAD, CLOSE],
+    "closed in a chunk": [CHUNKED + chunks(event(1), event(2)) + b"ff\r\nda", CLOSE],
+    "closed before the last chunk": [CHUNKED + chunks(*EVENTS, DONE), CLOSE],
+    "closed in a known length": [HEAD + b"Content-Length: 9999\r\n\r\n" + BODY, CLOSE],
+    "no HTTP": [b"220 mail.example.org ESMTP\r\n\r\n", CLOSE],
+    "bad chunk": [CHUNKED + b"zz\r\n" + BODY],
+}
+OWN_WORDS = {name for name in SCRIPTS if "closed" in name} | {"no HTTP", "bad chunk"}
+SILENT = "silent"
+
+
+async def serve(pieces_of, requests):
+    """A server that answers with the pieces of the script that a request names; its port."""
+
+    async def talk(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), closing(writer):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+                name = json.loads(await reader.readexactly(size))["script"]
+                requests.append((id(writer), head))
+                for piece in pieces_of(name):
+                    if piece is CLOSE:
+                        return
+                    writer.write(piece)
+                    await writer.drain()
+                    # Whoever reads may do so now.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                if name == SILENT:
+                    await reader.read()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def both_clients(pieces_of, requests=None):
+    """A function that sends a script's request by the client of a name, and waits for its record."""
+    server, port = await serve(pieces_of, [] if requests is None else requests)
+    alarm = Alarm()
+    async with open_session({"X-Mine": "yes"}) as session:
+        clients = {"lean": LeanClient(session.headers, alarm), "general": SessionClient(session)}
+
+        def begin(kind, script, timeout_s=None, path="/v1/completions"):
+            ended = asyncio.get_running_loop().create_future()
+            request = Request(
+                id=7,
+                url=f"http://127.0.0.1:{port}{path}",
+                body=json.dumps({"script": script}).encode(),
+                scheduled_ns=time.monotonic_ns(),
+                prompt_tokens=11,
+                output_tokens_designed=3,
+                max_tokens=3,
+            )
+            return clients[kind].send(request, ended.set_result, timeout_s), ended
+
+        yield begin
+        for client in clients.values():
+            await client.close()
+    alarm.close()
+    server.close()
+
+
+def shape(record, name):
+    """All of a record but the instants, of which only their order can be the same."""
+    instants = [record.scheduled_ns, record.sent_ns, record.first_token_ns, record.last_token_ns]
+    told = [at for at in instants if at is not None]
+    fields = dataclasses.asdict(record) | dict.fromkeys(
+        ("scheduled_ns", "sent_ns", "first_token_ns", "last_token_ns")
+    )
+    if name in OWN_WORDS:
+        # aiohttp has no status where the head came with what cannot be read.
+        fields |= {"error": bool(record.error), "status": None}
+    return fields, [at is None for at in instants], told == sorted(told)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_both_clients_record_the_same(name):
+    async def scenario():
+        async with both_clients(SCRIPTS.get) as begin:
+            return [await begin(kind, name)[1] for kind in ("lean", "general", "lean")]
+
+    lean, general, again = asyncio.run(scenario())
+    assert shape(lean, name) == shape(general, name) == shape(again, name)
+    assert lean.sent_ns is not None
+
+
+@pytest.mark.parametrize("name", ["chunked", "trailers", "content length", "429"])
+def test_any_split_gives_the_same_record(name):
+    (data,) = SCRIPTS[name]
+
+    def pieces(split):
+        return [data[: int(split)], data[int(split) :]]
+
+    async def scenario():
+        async with both_clients(pieces) as begin:
+            whole = await begin("general", "0")[1]
+            for split in range(1, len(data), 29):
+                record = await begin("lean", str(split))[1]
+                assert shape(record, name) == shape(whole, name), split
+
+    asyncio.run(scenario())
+
+
+def test_connections_are_kept_and_requests_have_what_a_server_wants():
+    requests = []
+
+    async def scenario():
+        async with both_clients(SCRIPTS.get, requests) as begin:
+            for script in ("chunked", "429", "content length", "to the close", "chunked"):
+                await begin("lean", script, path="/v1/completions?a=b")[1]
+
+    asyncio.run(scenario())
+    connections = [connection for connection, _ in requests]
+    assert len(set(connections[:4])) == 1
+    assert connections[4] != connections[3]
+    first, *lines = requests[0][1].decode().split("\r\n")
+    assert first == "POST /v1/completions?a=b HTTP/1.1"
+    fields = dict(line.split(": ", 1) for line in lines if line)
+    assert fields["X-Mine"] == "yes"
+    assert fields["Content-Type"] == "application/json"
+    assert fields["Accept-Encoding"] == "identity"
+    assert fields["Host"].startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("kind", ["lean", "general"])
+def test_a_stopped_request_keeps_what_had_come_and_closes_its_connection(kind):
+    requests = []
+
+    def pieces(name):
+        return [CHUNKED, chunks(event(1), event(2))] if name == SILENT else SCRIPTS[name]
+
+    async def scenario():
+        async with both_clients(pieces, requests) as begin:
+            flight, ended = begin(kind, SILENT)
+            while flight.stream.content_events < 2:
+                await asyncio.sleep(0.001)
+            flight.stop()
+            record = await ended
+            await begin(kind, "chunked")[1]
+            flight, before = begin(kind, SILENT)
+            flight.stop()
+            return record, await before
+
+    record, never = asyncio.run(scenario())
+    assert (record.outcome, record.output_tokens, record.status) == ("unfinished", 2, 200)
+    assert record.first_token_ns is not None
+    assert never.outcome == "unfinished"
+    assert requests[0][0] != requests[1][0]
+
+
+@pytest.mark.parametrize("kind", ["lean", "general"])
+def test_the_deadline_counts_from_the_scheduled_arrival(kind):
+    async def scenario():
+        async with both_clients(lambda name: [CHUNKED, chunks(event(1))]) as begin:
+            return await begin(kind, SILENT, timeout_s=0.1)[1]
+
+    record = asyncio.run(scenario())
+    assert (record.outcome, record.output_tokens) == ("timed_out", 1)
+
+
+def test_an_idle_connection_that_the_server_closed_is_not_used():
+    async def scenario():
+        async with both_clients(lambda name: [GOOD, CLOSE]) as begin:
+            first = await begin("lean", "x")[1]
+            await asyncio.sleep(0.02)
+            return first, await begin("lean", "x")[1]
+
+    assert [record.outcome for record in asyncio.run(scenario())] == ["completed", "completed"]
+
+
+def test_a_server_that_is_not_there_is_a_failure_and_nothing_was_sent():
+    async def scenario():
+        server, port = await serve(SCRIPTS.get, [])
+        server.close()
+        await server.wait_closed()
+        ended = asyncio.get_running_loop().create_future()
+        client = LeanClient({}, Alarm())
+        client.send(
+            Request(
+                id=0,
+                url=f"http://localhost:{port}",
+                body=b"",
+                scheduled_ns=0,
+                prompt_tokens=1,
+                output_tokens_designed=1,
+                max_tokens=1,
+            ),
+            ended.set_result,
+            None,
+        )
+        record = await ended
+        await client.close()
+        return record
+
+    record = asyncio.run(scenario())
+    assert (record.outcome, record.sent_ns, record.status) == ("failed", None, None)
+    assert record.error.startswith("Cannot connect to host localhost:")
+
+
+def test_stray_bytes_on_an_idle_connection_close_it():
+    async def scenario():
+        async with both_clients(lambda name: [GOOD, b"HTTP/1.1 200 OK\r\n\r\n"]) as begin:
+            await begin("lean", "x")[1]
+            await asyncio.sleep(0.02)
+            return await begin("lean", "x")[1]
+
+    assert asyncio.run(scenario()).outcome == "completed"
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_connections_that_are_being_made_are_closed_too(turns):
+    async def scenario():
+        async with both_clients(SCRIPTS.get) as begin, asyncio.timeout(20.0):
+            started = [begin("lean", "chunked") for _ in range(20)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for flight, _ in started:
+                flight.stop()
+            return [await ended for _, ended in started]
+
+    # uvloop says nothing of a connection that was made when its task was already cancelled.
+    outcomes = {record.outcome for record in uvloop.run(scenario())}
+    assert outcomes <= {"unfinished", "completed"}
