@@ -15,7 +15,8 @@ from analysis.kv_demand import kv_demand_blocks
 from analysis.pace import Pace
 from analysis.prediction import Prediction
 from analysis.waterfall import Mechanism
-from loadgen.records import LoadFidelity
+from loadgen.processes import dispersion
+from loadgen.records import LoadFidelity, Run
 from loadgen.workload import Workload
 
 OVERRUN_LIMIT = 0.01
@@ -57,6 +58,40 @@ class Evidence:
     limits: EngineLimits
     workload: Workload
     runs: tuple[MeasuredRun, ...]
+    arrival_variance: float = 1.0
+    """ca2 of theory.md 6.1: 1 for Poisson arrivals, 1/N for every N-th of them."""
+    replicas: Replicas | None = None
+    """The servers behind it, where it is several: what is of one engine is then asked of each."""
+
+    @property
+    def variance_ratio(self) -> float:
+        """ca2 + cd2 of theory.md 6.1. Of N replicas ca2 + N cd2: what their sum wanders by at most.
+
+        Request i goes to number i mod N, so that their arrivals move together; departures may.
+        """
+        queues = 1 if self.replicas is None else len(self.replicas.each)
+        return self.arrival_variance + queues * (variance_ratio(self.workload) - 1.0)
+
+    def ca2(self, run: Run) -> float:
+        """ca2 of one run, by the law of its arrivals; ``arrival_variance`` where they are Poisson."""
+        together = run.arrival_rate / self.arrival_variance
+        return self.arrival_variance * dispersion(run.arrivals, together)
+
+    def variance_ratio_of(self, run: Run) -> float:
+        """`variance_ratio` with the arrivals of this run."""
+        return self.variance_ratio + self.ca2(run) - self.arrival_variance
+
+
+@dataclass(frozen=True, eq=False)
+class Replicas:
+    """Servers behind one list of URLs; request i went to number i mod N.
+
+    ``each`` is the evidence of one: its own requests, samples and prediction. ``balanced`` is what they
+    are predicted to serve together behind a balancer that looks at the queues.
+    """
+
+    each: tuple[Evidence, ...]
+    balanced: Estimate
 
 
 def variance_ratio(workload: Workload) -> float:

@@ -125,23 +125,22 @@ def bartlett_quantile(bandwidth: float) -> float:
 
 
 def drift_by_end_point(
-    frames: RunFrames, start_s: float, end_s: float, variance_ratio: float
+    frames: RunFrames, start_s: float, end_s: float, variance_ratio: float, ca2: float = 1.0
 ) -> Estimate:
-    """The same slope with the error of a diffusion, sigma / sqrt(T), from the law of lengths alone.
+    """The same slope with the error of a diffusion, sigma / sqrt(T), from the laws of the load alone.
 
     sigma^2 = arrival rate * ca2 + departure rate * cd2, both rates as realised (theory.md 6.1).
-    ``variance_ratio`` is ca2 + cd2 with ca2 = 1, Poisson. A stable queue wanders less: there the
-    interval is too wide.
+    ``variance_ratio`` is ca2 + cd2; ca2 is 1 for Poisson arrivals. A stable queue wanders less: there
+    the interval is too wide.
     """
     value = float(_increments(frames, start_s, end_s, 1)[0])
     ends = np.array([start_s, end_s])
     departed = float(np.diff(np.searchsorted(frames.departures_s, ends, "right"))[0])
     scheduled = frames.per_request("scheduled_s")
     arrived = float(np.diff(np.searchsorted(scheduled, ends, "right"))[0])
-    error = math.sqrt(arrived + departed * (variance_ratio - 1.0)) / (end_s - start_s)
-    method = (
-        "end points of N(t), error of a diffusion with Poisson arrivals and the designed lengths"
-    )
+    error = math.sqrt(ca2 * arrived + departed * (variance_ratio - ca2)) / (end_s - start_s)
+    law = "Poisson arrivals" if ca2 == 1.0 else f"arrivals of ca2 {ca2:.3g}"
+    method = f"end points of N(t), error of a diffusion with {law} and the designed lengths"
     return Estimate.normal(value, error, "req/s", method, DRIFT_LEVEL)
 
 
@@ -203,16 +202,21 @@ def _needed_shift(power: float) -> float:
 
 
 def stationary_variance(
-    arrival_rate: float, residence_s: float, load: float, variance_ratio: float
+    arrival_rate: float,
+    residence_s: float,
+    load: float,
+    variance_ratio: float,
+    ca2: float = 1.0,
 ) -> float:
     """Variance of N(t) below the critical rate, in requests squared.
 
-    Requests in service are nearly Poisson with mean arrival rate times residence; the queue adds half
-    the square of its heavy-traffic mean (ca2 + cd2) / (2 (1 - load)), since below a load of 0.9 it is
-    empty about half of the time.
+    Requests in service are nearly Poisson with mean arrival rate times residence, or up to ca2 times as
+    variable where arrivals are burstier (their peakedness lies between); the queue adds half the square
+    of its heavy-traffic mean (ca2 + cd2) / (2 (1 - load)), since below a load of 0.9 it is empty about
+    half of the time.
     """
     queue = variance_ratio / (2 * max(1.0 - load, 1e-3))
-    return arrival_rate * residence_s + queue**2 / 2
+    return arrival_rate * residence_s * max(ca2, 1.0) + queue**2 / 2
 
 
 def stability_duration(stable_below: float, variance: float, power: float) -> float:

@@ -21,7 +21,6 @@ from analysis.evidence import (
     OVERRUN_LIMIT,
     Evidence,
     MeasuredRun,
-    variance_ratio,
     work_demand,
 )
 from analysis.frames import RunFrames
@@ -36,6 +35,8 @@ from analysis.growth import (
 from analysis.long_run import Stretch
 from analysis.verdict import NamedEstimate, RunJudgement, RunVerdict
 from analysis.warm_up import warm_up_warning
+from loadgen.processes import Replay, period_s, swing
+from loadgen.records import Run
 
 MIN_BACKLOG_RESIDENCES = 5.0
 """A capacity is read from at least so many mean residence times of unbroken backlog."""
@@ -50,10 +51,11 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
     Stable: the upper 95 % bound of the drift is below X = theta/2 of the offered rate, half the drift
     of a server whose critical rate lay theta below it. Unstable: the lower 95 % bound is above 0 and
     the growth exceeds what exactly critical load makes in 95 % of runs. A run that started full is
-    judged while its backlog lasts: `judge_from_full`.
+    judged while its backlog lasts: `judge_from_full`. Where the rate follows the clock, whole periods
+    are judged and their mean rate is meant; a replayed trace has no rate that lasts: it is not judged.
     """
     frames = run.frames
-    start_s, end_s = frames.run.warmup_s, frames.end_s
+    start_s, end_s = frames.run.warmup_s, _last_period_s(frames.run, frames.end_s)
     stable_below = evidence.theta / 2 * frames.run.arrival_rate
     seen_s, offered = frames.per_sample("t_s"), len(frames.requests)
     observed = (seen_s >= start_s) & (seen_s <= end_s)
@@ -67,7 +69,7 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
         if (reason := why_no_slope(frames, from_s, until_s)) is not None:
             return growth, "inconclusive", f"too short to say: {reason}"
         seen = drift(frames, from_s, until_s)
-        return seen, *_stability(seen, until_s - from_s, stable_below, evidence)
+        return seen, *_stability(seen, until_s - from_s, stable_below, evidence, frames.run)
 
     if enough and frames.run.preload:
         start_s, end_s, (growth, verdict, text) = judge_from_full(frames, start_s, end_s, judged)
@@ -112,19 +114,30 @@ def judge_run(run: MeasuredRun, evidence: Evidence) -> RunJudgement:
 
 
 def _stability(
-    growth: Estimate, duration_s: float, stable_below: float, evidence: Evidence
+    growth: Estimate, duration_s: float, stable_below: float, evidence: Evidence, run: Run
 ) -> tuple[RunVerdict, str]:
+    if isinstance(run.arrivals, Replay):
+        return "inconclusive", "cannot say: a replayed trace has no rate that lasts, see its drift"
     if growth.high < stable_below:
-        return "stable", f"stable (< {stable_below:.2g} req/s over {duration_s:.0f} s)"
+        whole = "" if period_s(run.arrivals) is None else " of whole periods"
+        return "stable", f"stable (< {stable_below:.2g} req/s over {duration_s:.0f} s{whole})"
     by_chance = critical_excursion(
         evidence.prediction.critical_rate.value,
         duration_s,
         GROWTH_LEVEL,
-        variance_ratio(evidence.workload),
-    )
+        evidence.variance_ratio_of(run),
+    ) + swing(run.arrivals, run.arrival_rate)
     if growth.low > 0 and growth.value * duration_s > by_chance:
         return "unstable", "grows"
     return "inconclusive", "cannot say: neither growth nor its absence is certain"
+
+
+def _last_period_s(run: Run, end_s: float) -> float:
+    """Where the last whole period after the warm-up ends; ``end_s`` where no rate follows the clock."""
+    period = period_s(run.arrivals)
+    if period is None:
+        return end_s
+    return run.warmup_s + period * max(math.floor((end_s - run.warmup_s) / period + 1e-6), 0)
 
 
 def drift_checks(
@@ -133,13 +146,17 @@ def drift_checks(
     """The same slope with its error from two other models; none where no slope is taken."""
     if why_no_slope(frames, start_s, end_s) is not None:
         return ()
-    diffusion = drift_by_end_point(frames, start_s, end_s, variance_ratio(evidence.workload))
+    hac = NamedEstimate(
+        name="HAC",
+        estimate=drift_by_hac(frames, start_s, end_s),
+        note="beside batch means, which decide",
+    )
+    if isinstance(frames.run.arrivals, Replay):
+        return (hac,)
+    spread, ca2 = evidence.variance_ratio_of(frames.run), evidence.ca2(frames.run)
+    diffusion = drift_by_end_point(frames, start_s, end_s, spread, ca2)
     return (
-        NamedEstimate(
-            name="HAC",
-            estimate=drift_by_hac(frames, start_s, end_s),
-            note="beside batch means, which decide",
-        ),
+        hac,
         NamedEstimate(
             name="end point",
             estimate=diffusion,

@@ -21,9 +21,10 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from analysis.estimate import Estimate, ratio
-from analysis.evidence import Evidence, MeasuredRun, variance_ratio
+from analysis.evidence import Evidence, MeasuredRun
 from analysis.formatting import decimals_for, grouped
 from analysis.growth import why_no_slope
+from loadgen.processes import stationary
 
 Growth = Literal["bounded", "sqrt(t)", "linear", "cannot say"]
 ANSWERS: dict[Growth, str] = {
@@ -96,15 +97,20 @@ def near_critical(
 ) -> tuple[Settling, ...]:
     """How the queues of the runs within 5 % of the measured critical rate grow, in order of the runs.
 
-    Valid runs that started empty and are long enough for a slope. None where no critical rate was
-    measured. An engine that was not ``steady`` has no one critical rate: then that cannot be said.
+    Valid runs that started empty, at one rate, and are long enough for a slope. None where no critical
+    rate was measured. An engine that was not ``steady`` has no one critical rate: then that cannot be
+    said.
     """
     if measured is None:
         return ()
-    spread = variance_ratio(evidence.workload)
     predicted = evidence.prediction.critical_rate.value
     found = tuple(
-        of_run(run, run.frames.run.arrival_rate / predicted, measured, spread)
+        of_run(
+            run,
+            run.frames.run.arrival_rate / predicted,
+            measured,
+            evidence.variance_ratio_of(run.frames.run),
+        )
         for run in evidence.runs
         if abs(run.frames.run.arrival_rate / measured.value - 1) <= NEAR and _usable(run)
     )
@@ -119,6 +125,7 @@ def _usable(run: MeasuredRun) -> bool:
     return (
         run.valid
         and frames.run.start == "empty"
+        and stationary(frames.run.arrivals)
         and why_no_slope(frames, frames.run.warmup_s, frames.end_s) is None
     )
 

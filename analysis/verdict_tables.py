@@ -167,7 +167,7 @@ def _offered_rows(evidence: Evidence) -> list[AssumedObserved]:
     rows = [
         AssumedObserved(
             quantity="arrivals",
-            assumed="Poisson, open loop",
+            assumed=f"{evidence.runs[0].frames.run.arrivals.text}, open loop",
             observed=f"{sum(passed)} of {len(passed)} load checks passed",
             agrees=all(passed),
         )

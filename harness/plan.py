@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from analysis.evidence import variance_ratio
 from analysis.growth import (
+    DRIFT_BATCHES,
     growth_power,
     needed_requests,
     stability_duration,
@@ -18,6 +19,7 @@ from analysis.growth import (
 from analysis.prediction import Prediction
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
 from harness.sections import ConfigError
+from loadgen.processes import POISSON, Process, Replay, dispersion, period_s
 from loadgen.prompts import label_tokens
 from loadgen.records import Run, Start
 from loadgen.workload import Workload
@@ -46,7 +48,8 @@ class Plan:
 
     runs: tuple[Run, ...]
     power: tuple[float, ...]
-    """Probability of the right answer for each run, the prediction being off by its own error."""
+    """Probability of the right answer for each run, the prediction being off by its own error; NaN for a
+    replay, which is not judged."""
     theta: float
     prediction_digest: str
 
@@ -100,6 +103,7 @@ def make_plan(
     prediction_digest: str,
     first_index: int = 0,
     start: StartOption = "empty",
+    arrivals: Process = POISSON,
 ) -> Plan:
     """Runs for each load (multiple of the predicted critical rate), numbered from ``first_index``.
 
@@ -113,7 +117,8 @@ def make_plan(
     prediction is taken off the distance from critical. No run is longer than ``max_horizon_s``.
     """
     longest_s, mean_s = engine.longest_residence_s, engine.mean_residence_s
-    spread = variance_ratio(workload)
+    # As of `analysis.evidence.Evidence`: what the sum of several queues wanders by at most.
+    departures = engine.replicas * (variance_ratio(workload) - 1.0)
     critical = prediction.critical_rate
     relative_error = critical.standard_error / critical.value
     warmup_s = max(WARMUP_RESIDENCES * longest_s, engine.settling_s)
@@ -124,13 +129,17 @@ def make_plan(
         rate = load * critical.value
         excess = max(abs(load - 1.0) - relative_error, least_excess(theta))
         stable_below = theta / 2 * rate
-        variance = stationary_variance(rate, mean_s, 1.0 - excess, spread)
-        if bounded:
+        ca2 = dispersion(arrivals, rate)
+        spread = ca2 + departures
+        variance = stationary_variance(rate, mean_s, 1.0 - excess, spread, ca2)
+        if isinstance(arrivals, Replay):
+            needed_s = math.inf
+        elif bounded:
             needed_s = stability_duration(stable_below, variance, STABILITY_POWER)
         else:
             needed_s = needed_requests(excess, spread, GROWTH_POWER) / rate
         wanted_s = horizon_s or warmup_s + max(needed_s, MEASURED_RESIDENCES * longest_s)
-        length_s = min(wanted_s, max_horizon_s)
+        length_s = _length_s(arrivals, rate, round(warmup_s, 2), wanted_s, max_horizon_s)
         left_s = length_s - warmup_s
         if left_s < MIN_BACKLOG_RESIDENCES * mean_s:
             shortest_s = warmup_s + 2 * MIN_BACKLOG_RESIDENCES * mean_s
@@ -139,24 +148,53 @@ def make_plan(
                 f"{warmup_s:.0f} s (three of the longest residence times): set load.max_horizon_s and "
                 f"load.horizon_s to at least {shortest_s:.0f}"
             )
-        powers.append(
-            stability_power(stable_below, variance, left_s)
-            if bounded
-            else growth_power(excess, spread, left_s * rate)
-        )
+        if isinstance(arrivals, Replay):
+            powers.append(math.nan)
+        else:
+            powers.append(
+                stability_power(stable_below, variance, left_s)
+                if bounded
+                else growth_power(excess, spread, left_s * rate)
+            )
         runs.append(
             Run(
                 id=f"{index:02d}-{load:.2f}" + ("-full" if how == "full" else ""),
                 arrival_rate=rate,
-                horizon_s=round(length_s, 1),
+                horizon_s=length_s,
                 warmup_s=round(warmup_s, 2),
                 seed=seed * 1000 + index,
                 preload=preload_size(engine, length_s, spread) if how == "full" else 0,
+                arrivals=arrivals,
             )
         )
     return Plan(
         runs=tuple(runs), power=tuple(powers), theta=theta, prediction_digest=prediction_digest
     )
+
+
+def _length_s(
+    arrivals: Process, rate: float, warmup_s: float, wanted_s: float, max_horizon_s: float
+) -> float:
+    """How long a run is: at most as long as it may be, and as a replayed trace is.
+
+    Where the rate follows the clock, so many whole periods follow the warm-up that each batch of
+    `analysis.growth.drift` has as many.
+    """
+    if isinstance(arrivals, Replay):
+        own_s = arrivals.duration_s * arrivals.own_rate / rate
+        return math.floor(10 * min(wanted_s, max_horizon_s, own_s)) / 10
+    period = period_s(arrivals)
+    if period is None:
+        return round(min(wanted_s, max_horizon_s), 1)
+    batches_s = DRIFT_BATCHES * period
+    most = math.floor((max_horizon_s - warmup_s) / batches_s + 1e-9)
+    if most < 1:
+        raise HorizonTooShort(
+            f"the rate repeats every {period:g} s, and a run is judged over {DRIFT_BATCHES} whole "
+            f"periods or a multiple: set load.max_horizon_s to at least {warmup_s + batches_s:.0f}, or "
+            "shorten the period"
+        )
+    return warmup_s + batches_s * max(min(most, math.ceil((wanted_s - warmup_s) / batches_s)), 1)
 
 
 def require_distinct_prompts(plan: Plan, workload: Workload, vocabulary: range) -> None:

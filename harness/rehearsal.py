@@ -30,6 +30,7 @@ from harness.predict import narrow_enough, predictions
 from loadgen.arrivals import run_arrivals
 from loadgen.fidelity import fidelity
 from loadgen.records import LoadFidelity, RequestRecord, Run
+from loadgen.replay import run_lengths
 from loadgen.workload import Workload
 
 JITTER_S = 0.001
@@ -87,13 +88,14 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
         claim,
         Prediction.from_dict(found["engine"]),
         workload,
-        loads=config.load.rates,
+        loads=config.loads(claim.critical_rate.value),
         horizon_s=config.load.horizon_s,
         max_horizon_s=config.load.max_horizon_s,
         theta=config.theta,
         seed=seed,
         prediction_digest="",
         start=config.load.start,
+        arrivals=config.arrivals(),
     )
     evidence = Evidence(
         name=config.name,
@@ -140,10 +142,11 @@ def offered(
 ) -> MeasuredRun:
     """One run against the true parameters.
 
-    Its load is Poisson by construction: without ``test_load`` it is taken to be valid, in less time.
+    Its load follows its law by construction: without ``test_load`` it is taken to be valid, which takes
+    less time.
     """
     arrival_s = run_arrivals(run)
-    lengths = workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
+    lengths = run_lengths(run, workload, len(arrival_s))
     simulated = simulate(
         server.limits,
         server.law,

@@ -14,6 +14,7 @@ from loadgen.traces import (
     read_burstgpt,
     read_marginals,
     read_mooncake,
+    read_servegen,
     read_sharegpt,
     read_vidur,
     shipped,
@@ -25,6 +26,7 @@ READERS = {
     "azure": read_azure,
     "burstgpt": read_burstgpt,
     "mooncake": read_mooncake,
+    "servegen": read_servegen,
     "sharegpt": read_sharegpt,
     "vidur": read_vidur,
 }
@@ -80,7 +82,7 @@ class TraceConfig(Section):
     """Paired lengths from a public trace; a relative file is looked up beside the config."""
 
     file: File
-    format: Literal["azure", "burstgpt", "mooncake", "vidur", "sharegpt"]
+    format: Literal["azure", "burstgpt", "mooncake", "servegen", "sharegpt", "vidur"]
 
 
 class MarginalsConfig(Section):

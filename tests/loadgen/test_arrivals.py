@@ -4,15 +4,38 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadgen.arrivals import evenly_spaced, gamma, poisson, run_arrivals, schedule_ns, shard
+from loadgen.arrivals import (
+    arrivals,
+    evenly_spaced,
+    gamma,
+    poisson,
+    run_arrivals,
+    schedule_ns,
+    shard,
+    weibull,
+)
+from loadgen.processes import Gamma, OnOff, Piecewise, Poisson, Sinusoidal, Weibull
 from loadgen.records import Run
 
+LAWS = [
+    Poisson(),
+    Gamma(cv=2.0),
+    Weibull(cv=0.5),
+    OnOff(on_s=2.0, off_s=5.0),
+    OnOff(on_s=0.5, off_s=3.0, off_over_on=0.3),
+    Piecewise(pieces=((3.0, 1.0), (2.0, 3.0), (5.0, 0.0))),
+    Sinusoidal(period_s=7.0, amplitude=1.0, phase=0.3),
+]
 
-def bursty(rate, horizon_s, seed):
-    return gamma(rate, 2.0, horizon_s, seed)
+
+def drawn(law):
+    def instants(rate, horizon_s, seed):
+        return arrivals(law, rate, horizon_s, seed)
+
+    return pytest.param(instants, id=law.kind)
 
 
-ALL = [poisson, bursty, evenly_spaced]
+ALL = [evenly_spaced, *map(drawn, LAWS)]
 
 
 @pytest.mark.parametrize("law", ALL)
@@ -66,9 +89,10 @@ def test_poisson_gaps_are_uncorrelated():
     assert np.std(lag_one) == pytest.approx(1 / 400**0.5, rel=0.15)
 
 
+@pytest.mark.parametrize("law", [gamma, weibull])
 @pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])
-def test_gamma_gaps_have_their_moments(cv):
-    gaps = np.diff(gamma(10.0, cv, 20_000.0, 1))
+def test_gaps_have_their_moments(law, cv):
+    gaps = np.diff(law(10.0, cv, 20_000.0, 1))
     assert gaps.mean() == pytest.approx(0.1, rel=5 * cv / len(gaps) ** 0.5)
     assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.05)
 
@@ -112,6 +136,9 @@ def test_schedule_in_nanoseconds_is_relative_to_the_start():
         (lambda: poisson(1.0, float("inf"), 0), "horizon_s"),
         (lambda: evenly_spaced(0.0, 1.0, 0), "rate_per_s"),
         (lambda: gamma(1.0, 0.0, 1.0, 0), "cv"),
+        (lambda: weibull(1.0, float("nan"), 1.0, 0), "cv"),
+        (lambda: arrivals(LAWS[3], 0.0, 1.0, 0), "rate_per_s"),
+        (lambda: arrivals(LAWS[5], 1.0, 0.0, 0), "horizon_s"),
     ],
 )
 def test_impossible_loads_are_refused(call, name):
@@ -119,10 +146,31 @@ def test_impossible_loads_are_refused(call, name):
         call()
 
 
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.kind)
 @pytest.mark.parametrize("preload", [0, 1, 250])
-def test_a_run_from_full_has_its_burst_before_the_same_poisson_arrivals(preload):
-    run = Run(id="r", arrival_rate=20.0, horizon_s=30.0, warmup_s=1.0, seed=4, preload=preload)
+def test_a_run_from_full_has_its_burst_before_the_same_arrivals(law, preload):
+    run = Run(
+        id="r",
+        arrival_rate=20.0,
+        horizon_s=30.0,
+        warmup_s=1.0,
+        seed=4,
+        preload=preload,
+        arrivals=law,
+    )
     instants = run_arrivals(run)
     assert run.start == ("full" if preload else "empty")
     assert (instants[:preload] == 0.0).all()
-    assert np.array_equal(instants[preload:], poisson(20.0, 30.0, 4))
+    assert np.array_equal(instants[preload:], arrivals(law, 20.0, 30.0, 4))
+    if law == Poisson():
+        assert np.array_equal(instants[preload:], poisson(20.0, 30.0, 4))
+
+
+def test_pauses_without_rate_have_no_arrivals():
+    steps = arrivals(LAWS[5], 40.0, 100.0, 3)
+    assert not ((steps % 10.0) > 5.0).any()
+    # Two thirds of the arrivals come in the two seconds of the triple rate.
+    inside = ((steps % 10.0 >= 3.0) & (steps % 10.0 < 5.0)).mean()
+    assert inside == pytest.approx(2 / 3, abs=5 * (2 / 9 / len(steps)) ** 0.5)
+    silent = np.diff(arrivals(OnOff(on_s=1.0, off_s=9.0), 30.0, 500.0, 3))
+    assert (silent > 1.0).sum() > 20

@@ -5,14 +5,14 @@ import pytest
 from scipy import stats
 
 from loadgen.arrivals import SECOND_NS, evenly_spaced, poisson, schedule_ns
-from loadgen.fidelity import (
+from loadgen.fidelity import fidelity
+from loadgen.law_checks import (
     LEVEL,
     TWO_SIDED_Z,
     _chi_square,
     _gap_check,
     _longest_gap_check,
     _poisson_z,
-    fidelity,
     poisson_checks,
 )
 from loadgen.records import RequestRecord, Run
