@@ -26,6 +26,7 @@ from analysis.verdict_tables import (
     other_measurements,
     other_predictions,
 )
+from analysis.wave_advice import wave_warnings, words_about_runs
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -57,8 +58,9 @@ def judge(evidence: Evidence) -> Verdict:
     share = None
     if measured is not None:
         share = ratio(measured, predicted, "measured over predicted, errors in quadrature")
-    found = _Findings(evidence, judgements, tuple(audit), held, best, audited)
-    ruling = _decide(found, measured, share)
+    waves = words_about_runs(evidence)
+    found = Findings(evidence, judgements, tuple(audit), held, best, audited)
+    ruling = decide(found, measured, share)
     return Verdict(
         name=evidence.name,
         mode=evidence.mode,
@@ -90,6 +92,8 @@ def judge(evidence: Evidence) -> Verdict:
             measured,
             steady=all(c.holds is not False for c in held if c.name == "steady step time"),
         ),
+        synchrony=waves,
+        waves=wave_warnings(waves, capacities, evidence),
         warnings=branch_warnings(
             pairs,
             predicted.value,
@@ -114,7 +118,9 @@ class Ruling:
 
 
 @dataclass(frozen=True, eq=False)
-class _Findings:
+class Findings:
+    """What `decide` goes by."""
+
     evidence: Evidence
     judgements: tuple[RunJudgement, ...]
     audit: tuple[Check, ...]
@@ -123,7 +129,7 @@ class _Findings:
     audited: Identity | None
 
 
-def _decide(found: _Findings, measured: Estimate | None, share: Estimate | None) -> Ruling:
+def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -> Ruling:
     """The rules of the design page's section 4, in their order."""
     if (ruling := _invalid(found)) is not None:
         return ruling
@@ -155,7 +161,7 @@ def _decide(found: _Findings, measured: Estimate | None, share: Estimate | None)
     return _undecided(found, share, reasons)
 
 
-def _invalid(found: _Findings) -> Ruling | None:
+def _invalid(found: Findings) -> Ruling | None:
     """No usable run, books that do not balance, or an invalid run where no other gave a rate."""
     broken = tuple(f"{j.id}: {j.text}" for j in found.judgements if j.verdict == "invalid")
     books = tuple(
@@ -173,7 +179,7 @@ def _invalid(found: _Findings) -> Ruling | None:
     )
 
 
-def _one_sided(found: _Findings) -> Ruling:
+def _one_sided(found: Findings) -> Ruling:
     highest = max(j.arrival_rate for j in found.judgements)
     return Ruling(
         "inconclusive",
@@ -186,7 +192,7 @@ def _one_sided(found: _Findings) -> Ruling:
     )
 
 
-def _agreeing(found: _Findings, measured: Estimate, reasons: tuple[str, ...]) -> Ruling:
+def _agreeing(found: Findings, measured: Estimate, reasons: tuple[str, ...]) -> Ruling:
     """The rate agrees; it is confirmed when one run below is stable and one above grows."""
     band = f"{100 * found.evidence.theta:.0f} %"
     rate = measured.value
@@ -203,7 +209,7 @@ def _agreeing(found: _Findings, measured: Estimate, reasons: tuple[str, ...]) ->
     )
 
 
-def _undecided(found: _Findings, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
+def _undecided(found: Findings, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
     theta = found.evidence.theta
     wide = found.evidence.prediction.critical_rate.at_level(0.90)
     if wide.half_width > theta * wide.value:
@@ -225,7 +231,7 @@ def _undecided(found: _Findings, share: Estimate, reasons: tuple[str, ...]) -> R
     )
 
 
-def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
+def _refuted(found: Findings, best: Capacity, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
     """Refuted, or a premise of the paper failed and the model with that mechanism explains it."""
     evidence = found.evidence
     binds = binding_resource(best.saturated, evidence.limits)
@@ -244,7 +250,7 @@ def _refuted(found: _Findings, best: Capacity, share: Estimate, reasons: tuple[s
     return Ruling("refuted", headline, reasons + causes, advice)
 
 
-def _premise_of(found: _Findings, binds: str) -> bool:
+def _premise_of(found: Findings, binds: str) -> bool:
     """Did a premise of the paper fail that this mechanism breaks?"""
     broken = "no output reservation" if binds == "output_reservation" else "KV cache binds"
     return any(check.name == broken and check.holds is False for check in found.premises)
@@ -276,7 +282,7 @@ def _mechanism(
 
 
 def _causes(
-    found: _Findings, best: Capacity, share: Estimate, binds: str
+    found: Findings, best: Capacity, share: Estimate, binds: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Which input of the prediction the evidence contradicts, and what to do about it."""
     prediction = found.evidence.prediction

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from analysis.estimate import Estimate
+from analysis.imbalance import Imbalance
 from analysis.pace import Pace
 from analysis.settling import Settling
+from analysis.synchrony import Synchrony
 from loadgen.records import LoadFidelity, Start
 
 Outcome = Literal["confirmed", "refuted", "inconclusive", "premise_violated", "invalid"]
@@ -94,6 +96,18 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRate:
+    """One of several servers behind one list of URLs: what it was predicted to serve, and served."""
+
+    replica: int
+    predicted: Estimate
+    measured: Estimate | None
+    """None where its queue was never non-empty for long enough."""
+    bounds: bool
+    """Is it among those that bound the whole under round-robin?"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AssumedObserved:
     """A row of the table that sets what the prediction assumed beside what the run showed."""
 
@@ -141,10 +155,22 @@ class Verdict:
     near_critical: tuple[Settling, ...] = ()
     """How the queue of each run within 5 % of the measured critical rate grows; empty without any."""
     warnings: tuple[str, ...] = ()
+    replicas: tuple[ReplicaRate, ...] = ()
+    """Each server behind one list of URLs; empty where there is one."""
+    imbalance: tuple[Imbalance, ...] = ()
+    """What round-robin makes of their queues, run by run."""
+
+    synchrony: tuple[Synchrony, ...] = ()
+    """Does each valid run serve in waves that last?"""
+    waves: tuple[str, ...] = ()
+    """What that means for the measured rate, and what mends it; empty where it means nothing."""
 
     @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.outcome]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": 1, "exit_code": self.exit_code, **asdict(self)}
+        data = asdict(self)
+        if not self.replicas:
+            del data["replicas"], data["imbalance"]
+        return {"schema": 1, "exit_code": self.exit_code, **data}
