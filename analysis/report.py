@@ -21,6 +21,7 @@ from analysis.formatting import (
     words,
 )
 from analysis.frames import RunFrames
+from analysis.replica_tables import imbalance_table, rates_table
 from analysis.report_figures import calibration_group, figure_groups
 from analysis.report_tables import (
     Table,
@@ -38,6 +39,7 @@ from analysis.report_tables import (
     trust_tables,
 )
 from analysis.verdict import Verdict
+from analysis.waves_in_report import waves_table
 
 RULES = {
     "confirmed": "The 90 % interval of measured / predicted lies inside 1 ± {theta}, a valid run "
@@ -72,6 +74,8 @@ class ReportContext:
     config: str
     missing: tuple[str, ...] = ()
     workload: Mapping[str, Any] | None = None
+    to_raise: str = ""
+    """What binds, what raising it gives, and what binds next."""
 
 
 def report_html(verdict: Verdict, runs: Sequence[RunFrames], context: ReportContext) -> str:
@@ -91,7 +95,7 @@ def report_html(verdict: Verdict, runs: Sequence[RunFrames], context: ReportCont
         outcome=words(verdict.outcome),
         rule=rule_of(verdict),
         facts=_facts(verdict),
-        binding=binding_sentence(verdict),
+        binding=_binding(verdict, context),
         strip=_strip(verdict),
         groups=[*figure_groups(verdict, runs), *calibration_group(context.calibration)],
         missing=_missing(verdict, runs, context),
@@ -107,7 +111,7 @@ def report_md(verdict: Verdict, context: ReportContext) -> str:
     lines += [f"## {words(verdict.outcome)}: {verdict.headline}", "", rule_of(verdict), ""]
     for name, value, interval, how in _facts(verdict):
         lines.append(f"- **{name}**: {value} {interval} ({how})")
-    lines += [f"- {binding_sentence(verdict)}", ""]
+    lines += [f"- {_binding(verdict, context)}", ""]
     for title, sentences in (
         ("Reasons", verdict.reasons),
         ("Advice", verdict.advice),
@@ -128,6 +132,11 @@ def rule_of(verdict: Verdict) -> str:
     return RULES[verdict.outcome].format(theta=percent(verdict.theta, None))
 
 
+def _binding(verdict: Verdict, context: ReportContext) -> str:
+    to_raise = f" To raise it: {context.to_raise}." if context.to_raise else ""
+    return binding_sentence(verdict) + to_raise
+
+
 def binding_sentence(verdict: Verdict) -> str:
     """Which ceiling the prediction says binds, and which one the runs showed."""
     predicted = f"The prediction says that {words(verdict.binding)} binds"
@@ -141,7 +150,7 @@ def binding_sentence(verdict: Verdict) -> str:
 def warnings_of(verdict: Verdict) -> tuple[str, ...]:
     """Warnings of the experiment and of its runs, each once, the run named."""
     own = [f"{run.id}: {warning}" for run in verdict.runs for warning in run.warnings]
-    return tuple(dict.fromkeys((*verdict.warnings, *own)))
+    return tuple(dict.fromkeys((*verdict.waves, *verdict.warnings, *own)))
 
 
 def _facts(verdict: Verdict) -> list[tuple[str, str, str, str]]:
@@ -195,7 +204,9 @@ def _tables(verdict: Verdict) -> list[Table]:
     tables = [
         numbers_table(verdict),
         runs_table(verdict.runs),
+        *([rates_table(verdict), imbalance_table(verdict)] if verdict.replicas else []),
         *([near_critical_table(verdict.near_critical)] if verdict.near_critical else []),
+        *([waves_table(verdict.synchrony)] if verdict.synchrony else []),
         assumed_table(verdict),
         checks_table("Premises of the claim", verdict.premises, PREMISES_NOTE),
         checks_table("Audit", verdict.audit, AUDIT_NOTE),

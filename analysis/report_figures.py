@@ -18,6 +18,7 @@ from analysis.formatting import percent
 from analysis.frames import RunFrames
 from analysis.settling import NEAR, Settling
 from analysis.verdict import Verdict
+from analysis.waves_in_report import waves_caption, waves_figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,15 @@ def figure_groups(verdict: Verdict, runs: Sequence[RunFrames]) -> list[FigureGro
     near = [(by_id[found.run], found) for found in verdict.near_critical if found.run in by_id]
     if near:
         groups.insert(2, _near_critical(near))
+    locked = [
+        (by_id[found.run], found)
+        for found in verdict.synchrony
+        if found.word == "synchronised" and found.run in by_id
+    ]
+    if locked:
+        panels = tuple(_panel(svg) for pair in locked if (svg := waves_figure(*pair)) is not None)
+        caption = waves_caption([found for _, found in locked])
+        groups.append(FigureGroup("Waves", caption, panels, wide=True))
     gpu = [figures.gpu_over_time(*pair) for pair in pairs]
     panels = tuple(_panel(svg) for svg in gpu if svg is not None)
     if panels:

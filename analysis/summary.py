@@ -20,6 +20,7 @@ from analysis.formatting import (
     value_text,
     words,
 )
+from analysis.replica_tables import replica_lines
 from analysis.verdict import RunJudgement, Verdict
 
 WIDTH = 100
@@ -34,8 +35,10 @@ RUN_STYLE = {"stable": "green", "unstable": "", "inconclusive": "yellow", "inval
 GAP_COLUMNS = 3
 
 
-def summary(verdict: Verdict) -> Text:
+def summary(verdict: Verdict, to_raise: str = "") -> Text:
     """The whole summary as one rich text; print it with ``soft_wrap=True``.
+
+    ``to_raise`` is the line that says what binds and what raising it gives.
 
     The lines are broken here, at `WIDTH`, with hanging indents. Rich drops the colours where the
     output is no terminal or NO_COLOR is set; nothing is said by colour alone.
@@ -46,6 +49,10 @@ def summary(verdict: Verdict) -> Text:
     entry(text, label, "server", [verdict.mode])
     _runs(text, label, verdict.runs)
     entry(text, label, "measured", _measured(verdict))
+    for warning in verdict.waves:
+        indented(text, f"warning: {warning}", indent=label, style="yellow")
+    for name, parts in replica_lines(verdict):
+        entry(text, label, name, parts)
     for near in verdict.near_critical:
         parts = [near.answer, near.distance_text, near.text]
         entry(text, label, f"at {load_label(near.load)}", parts)
@@ -57,6 +64,8 @@ def summary(verdict: Verdict) -> Text:
     entry(text, label, words(verdict.outcome), [verdict.headline], style)
     for line in (*verdict.reasons, *verdict.advice):
         indented(text, line)
+    if to_raise:
+        indented(text, f"to raise it: {to_raise}")
     for warning in verdict.warnings:
         indented(text, f"warning: {warning}", style="yellow")
     text.rstrip()

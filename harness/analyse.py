@@ -11,18 +11,22 @@ import yaml
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.evidence import Evidence, MeasuredRun
-from analysis.frames import run_frames
+from analysis.frames import RunFrames, run_frames
 from analysis.gpu_health import gpu_warnings
-from analysis.judge import judge
 from analysis.pace import Pace
 from analysis.prediction import Claim, Prediction
+from analysis.replica_verdict import verdict_of
+from analysis.replicas import records_of, replicated, thinned, whole_run
 from analysis.report import ReportContext, report_html, report_md
 from analysis.verdict import Verdict
 from analysis.waterfall import Mechanism
+from harness.change_line import to_raise_it
 from harness.config import ExperimentConfig, load_config
 from harness.launch import PACE_LOG
 from harness.store import Store, StoredRun, StoreError, missing
+from harness.streams import of_replica
 from loadgen.fidelity import MAX_LAG_MS, fidelity
+from loadgen.records import LoadFidelity
 
 MOST_LAG_MS = 100.0
 LAG_OVER_RESIDENCE = 0.05
@@ -37,7 +41,7 @@ def analyse(store: Store) -> Verdict:
     Raises StoreError when the prediction is not the one that the runs were made under.
     """
     evidence = load_evidence(store)
-    verdict = judge(evidence)
+    verdict = verdict_of(evidence)
     store.write_json("verdict.json", verdict.to_dict())
     write_report(store, evidence, verdict)
     return verdict
@@ -79,7 +83,14 @@ def load_evidence(store: Store, claim: Claim | None = None) -> Evidence:
             f"{store.path} holds no run that came to an end: " + "; ".join(missing(store.path))
         )
     simulated = prediction.get("simulated")
-    return Evidence(
+    group = prediction.get("replicas")
+    count = 1 if config.server is None else config.server.count
+    if (count if count > 1 else None) != (group and len(group["each"])):
+        raise StoreError(
+            f"{store.path}: config.yaml lists {count} servers, prediction.json is of another number"
+        )
+    parts = [_measured(store, config, run, count) for run in stored]
+    whole = Evidence(
         name=config.name,
         mode=_mode(config),
         theta=config.theta,
@@ -90,65 +101,128 @@ def load_evidence(store: Store, claim: Claim | None = None) -> Evidence:
         simulated=None if simulated is None else Estimate.from_dict(simulated),
         limits=limits,
         workload=config.law(),
-        runs=tuple(_measured(store, config, run) for run in stored),
+        runs=tuple(
+            whole_run(own, run.run) if count > 1 else own[0]
+            for own, run in zip(parts, stored, strict=True)
+        ),
     )
+    if group is None:
+        return whole
+    each = [
+        (
+            Prediction.from_dict(one[claim or "claim"]),
+            Prediction.from_dict(one["paper"]),
+            Prediction.from_dict(one["engine"]),
+        )
+        for one in group["each"]
+    ]
+    runs = [[own[i] for own in parts] for i in range(count)]
+    return replicated(whole, each, runs, Estimate.from_dict(group["balanced"]))
 
 
-def _pace(store: Store, config: ExperimentConfig, run: StoredRun) -> Pace | None:
-    """How the run kept the step time that was set; None where none was."""
+def _pace(
+    store: Store, config: ExperimentConfig, run: StoredRun, index: int = 0, count: int = 1
+) -> Pace | None:
+    """How one of ``count`` servers kept the step time that was set; None where none was."""
     launch = None if config.server is None else config.server.launch
     if launch is None or launch.step_time is None:
         return None
-    if not store.has(PACE_LOG):
-        raise StoreError(
-            f"{store.path} has no {PACE_LOG}: the paced engine's own record; restore it"
-        )
-    lines = [json.loads(line) for line in (store.path / PACE_LOG).read_text().splitlines()]
+    log = of_replica(PACE_LOG, index, count)
+    if not store.has(log):
+        raise StoreError(f"{store.path} has no {log}: the paced engine's own record; restore it")
+    lines = [json.loads(line) for line in (store.path / log).read_text().splitlines()]
     inside = [line for line in lines if run.start_ns < line["t_ns"] <= run.end_ns]
     if not inside:
         raise StoreError(
-            f"{store.path}/{PACE_LOG} shows no step of run {run.run.id}: was the engine paced?"
+            f"{store.path}/{log} shows no step of run {run.run.id}: was the engine paced?"
         )
     took_s, law_s, steps = (sum(x[name] for x in inside) for name in ("took_s", "law_s", "steps"))
     return Pace(took_s / steps, law_s / steps)
 
 
-def _measured(store: Store, config: ExperimentConfig, run: StoredRun) -> MeasuredRun:
-    frames = run_frames(run.run, run.start_ns, run.end_ns, run.records, run.samples, run.gpu)
-    overrun = None
-    if config.server is not None and config.server.mock is not None and len(frames.engine) > 1:
-        counted = frames.engine[["overrun_steps", "steps"]].iloc[[0, -1]].diff().iloc[-1]
-        overrun = float(counted["overrun_steps"] / max(counted["steps"], 1.0))
-    warnings = list(run.warnings)
+def _measured(
+    store: Store, config: ExperimentConfig, run: StoredRun, count: int
+) -> list[MeasuredRun]:
+    """A run as each of ``count`` servers saw it. The load is that of all, and so are its warnings and
+    the GPUs', which stand with the first."""
     assert run.end is not None
-    if run.end["reason"] != "horizon":
-        warnings.append(f"it ended early: {run.end['reason']}")
-    pace = _pace(store, config, run)
-    stats = run.end.get("sampler")
-    if stats and stats["failures"]:
-        warnings.append(
-            f"{stats['failures']} of {stats['ticks']} scrapes failed "
-            f"({stats['last_failure']}); the longest gap is {stats['longest_gap_s']:.1f} s"
+    frames = _frames(run, count)
+    offered, late = _offered(run, frames[0])
+    found = []
+    for index, own in enumerate(frames):
+        warnings = list(run.warnings) if index == 0 else []
+        if index == 0 and run.end["reason"] != "horizon":
+            warnings.append(f"it ended early: {run.end['reason']}")
+        each = run.end.get("samplers")
+        # A run that ended because one of several was gone has only what was seen of that one.
+        stats = each[index] if each else run.end.get("sampler") if index == 0 else None
+        if stats and stats["failures"]:
+            where = f"replica {index}: " if each else ""
+            warnings.append(
+                f"{where}{stats['failures']} of {stats['ticks']} scrapes failed "
+                f"({stats['last_failure']}); the longest gap is {stats['longest_gap_s']:.1f} s"
+            )
+        if index == 0:
+            warnings += [*gpu_warnings(own.gpu, stats or {}, run.start_ns), *late]
+        found.append(
+            MeasuredRun(
+                frames=own,
+                fidelity=offered,
+                overrun=_overrun(config, own),
+                warnings=tuple(warnings),
+                pace=_pace(store, config, run, index, count),
+            )
         )
-    warnings += gpu_warnings(frames.gpu, stats or {}, run.start_ns)
+    return found
+
+
+def _frames(run: StoredRun, count: int) -> list[RunFrames]:
+    """The records of each server; the GPUs' stand with the first.
+
+    Raises StoreError where samples lack.
+    """
+    if count == 1:
+        return [run_frames(run.run, run.start_ns, run.end_ns, run.records, run.samples, run.gpu)]
+    if len(run.by_replica) != count:
+        raise StoreError(
+            f"run {run.run.id} has samples of {len(run.by_replica)} servers, config.yaml lists {count}: "
+            "restore its engine-<i> streams"
+        )
+    return [
+        run_frames(
+            thinned(run.run, index, count),
+            run.start_ns,
+            run.end_ns,
+            records_of(run.records, index, count),
+            samples,
+            run.gpu if index == 0 else (),
+        )
+        for index, samples in enumerate(run.by_replica)
+    ]
+
+
+def _overrun(config: ExperimentConfig, frames: RunFrames) -> float | None:
+    """Share of a mock server's steps that ran late."""
+    if config.server is None or config.server.mock is None or len(frames.engine) < 2:
+        return None
+    counted = frames.engine[["overrun_steps", "steps"]].iloc[[0, -1]].diff().iloc[-1]
+    return float(counted["overrun_steps"] / max(counted["steps"], 1.0))
+
+
+def _offered(run: StoredRun, frames: RunFrames) -> tuple[LoadFidelity, list[str]]:
+    """Was the load what it claims, and a warning where it was late; ``frames`` tell a residence."""
     requests = frames.requests
     residence_s = float((requests["last_token_s"] - requests["first_token_s"]).median())
     share_ms = min(LAG_OVER_RESIDENCE * residence_s * 1e3, MOST_LAG_MS)
     max_lag_ms = max(MAX_LAG_MS, share_ms)
     offered = fidelity(run.run, run.records, frames.end_s, run.start_ns, max_lag_ms)
-    if offered.lag_p99_ms > MAX_LAG_MS:
-        warnings.append(
-            f"1 % of the requests were sent more than {offered.lag_p99_ms:.0f} ms "
-            f"late (worst {offered.lag_max_ms:.0f} ms, allowed {max_lag_ms:.0f} ms, 5 % of a "
-            "residence): give the client cores of its own"
-        )
-    return MeasuredRun(
-        frames=frames,
-        fidelity=offered,
-        overrun=overrun,
-        warnings=tuple(warnings),
-        pace=pace,
-    )
+    if offered.lag_p99_ms <= MAX_LAG_MS:
+        return offered, []
+    return offered, [
+        f"1 % of the requests were sent more than {offered.lag_p99_ms:.0f} ms "
+        f"late (worst {offered.lag_max_ms:.0f} ms, allowed {max_lag_ms:.0f} ms, 5 % of a "
+        "residence): give the client cores of its own"
+    ]
 
 
 def _context(store: Store, evidence: Evidence) -> ReportContext:
@@ -163,6 +237,7 @@ def _context(store: Store, evidence: Evidence) -> ReportContext:
         config=yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False),
         missing=tuple(m for m in missing(store.path) if "verdict" not in m),
         workload=_workload(evidence),
+        to_raise=to_raise_it(store),
     )
 
 

@@ -12,32 +12,38 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from analysis.judge import judge
 from analysis.kv_cache import ImpossibleCache
 from analysis.model_shape import UnknownShape
 from analysis.prediction import Claim
+from analysis.replica_verdict import verdict_of
 from analysis.summary import summary
 from harness.analyse import analyse, load_evidence, write_report
 from harness.calibrate_command import calibrate_command
+from harness.change_line import to_raise_it
 from harness.config import ConfigError, load_config, load_mock_config
 from harness.display import Display
 from harness.engines import MissingMetric
 from harness.experiment import run_experiment
 from harness.explain_command import explain_command
 from harness.hardware import measured_rates
+from harness.headroom_command import headroom_command
 from harness.interrupts import until_terminated
 from harness.kv_cache_command import kv_cache_command
+from harness.machine_limits import BeyondThisMachine
 from harness.offline import stated
 from harness.plan import HorizonTooShort
 from harness.predict import offline_predictions
 from harness.prober import CalibrationFailed
 from harness.sampler import ServerGone
 from harness.search_command import search_command
+from harness.selftest_command import selftest_command
 from harness.server import ServerFailed
 from harness.server_limits import LimitsUnreadable
+from harness.slo_command import slo_command
 from harness.store import Store, StoreError, missing
 from harness.streams import finite
 from loadgen.drive import TooFewFileDescriptors
+from loadgen.workers import WorkerFailed
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +59,8 @@ USAGE_ERRORS = (
     MissingMetric,
     CalibrationFailed,
     TooFewFileDescriptors,
+    WorkerFailed,
+    BeyondThisMachine,
     ServerGone,
     HorizonTooShort,
     UnknownShape,
@@ -91,7 +99,7 @@ def run(
     if as_json:
         print(json.dumps(finite(verdict.to_dict()), default=list))
     else:
-        console.print(summary(verdict), highlight=False, soft_wrap=True)
+        console.print(summary(verdict, to_raise_it(store)), highlight=False, soft_wrap=True)
         console.print(f"report      {store.path / 'report.html'}", highlight=False, soft_wrap=True)
     raise typer.Exit(verdict.exit_code)
 
@@ -130,9 +138,9 @@ def analyse_folder(
     if claim is None:
         verdict = analyse(store)
     else:
-        verdict = judge(load_evidence(store, claim))
+        verdict = verdict_of(load_evidence(store, claim))
         console.print("asked       of these records; the claim under test is that of the config")
-    console.print(summary(verdict), highlight=False, soft_wrap=True)
+    console.print(summary(verdict, to_raise_it(store)), highlight=False, soft_wrap=True)
     for sentence in missing(store.path):
         console.print(f"missing     {sentence}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(verdict.exit_code)
@@ -143,7 +151,7 @@ def report(folder: Folder) -> None:
     """Write report.html and report.md of a results folder again."""
     store = Store.open(folder)
     evidence = load_evidence(store)
-    write_report(store, evidence, judge(evidence))
+    write_report(store, evidence, verdict_of(evidence))
     print(store.path / "report.html")
 
 
@@ -163,6 +171,9 @@ app.command("kv-cache")(kv_cache_command)
 app.command("calibrate")(calibrate_command)
 app.command("search")(search_command)
 app.command("explain")(explain_command)
+app.command("headroom")(headroom_command)
+app.command("slo")(slo_command)
+app.command("selftest")(selftest_command)
 
 
 def _new_folder(name: str) -> Path:

@@ -262,6 +262,12 @@ def test_the_same_input_gives_the_same_bytes(verdict: Verdict, frames: list[RunF
     assert "<metadata" not in first and "<style" not in first and first.endswith("</svg>")
 
 
+def test_the_report_says_what_to_raise(verdict: Verdict) -> None:
+    line = "max_num_seqs 256 binds: 391 gives +47 % [45, 49], then the KV cache"
+    assert f"To raise it: {line}." in report_md(verdict, replace(CONTEXT, to_raise=line))
+    assert "To raise it" not in report_md(verdict, CONTEXT)
+
+
 def test_markdown_has_the_numbers_of_the_page(page: str, verdict: Verdict) -> None:
     shown = unescape(" ".join(parsed(page).text)).replace(NO_BREAK, " ")
     markdown = report_md(verdict, CONTEXT)

@@ -136,6 +136,13 @@ def test_width_and_outcome(outcome: str) -> None:
     assert "nan" not in text
 
 
+def test_what_to_raise_stands_under_the_outcome() -> None:
+    line = "max_num_seqs 256 binds: 391 gives +47 % [45, 49], then the KV cache"
+    text = " ".join(summary(VERDICT, line).plain.split())
+    assert text.index("confirmed within 10 %") < text.index(f"to raise it: {line}")
+    assert line not in " ".join(summary(VERDICT).plain.split())
+
+
 def test_missing_pieces_are_stated() -> None:
     nothing = replace(VERDICT, measured=None, ratio=None, gap=None, runs=(), predictions=())
     text = "\n".join(summary_lines(nothing))
