@@ -10,11 +10,13 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from harness.arrivals_config import ArrivalsConfig, PoissonConfig, ReplayConfig
 from harness.hardware import HardwareConfig
 from harness.launch import LaunchConfig
 from harness.mock_config import MockServerConfig, SGLangRulesConfig
 from harness.sections import ConfigError, File, Positive, Section, StepTimeConfig
 from harness.workload_config import WorkloadConfig
+from loadgen.processes import Process, Replay, stationary
 from loadgen.prompts import FIRST_ORDINARY_ID
 from loadgen.workload import Workload
 
@@ -62,12 +64,14 @@ class LimitsConfig(Section):
 
 class ServerConfig(Section):
     """Where the requests go: a running server by ``url``, or one started for the run: a real engine by
-    ``launch``, or a mock."""
+    ``launch``, or a mock. Several behind one list: ``urls``, or ``replicas`` of what is started."""
 
     engine: Literal["vllm", "sglang"] | None = None
     """Of the server at ``url``, vllm if not given; a launch and a mock say by their own section what
     they are."""
     url: str | None = None
+    urls: tuple[str, ...] | None = None
+    replicas: Annotated[int, Field(ge=2)] | None = None
     launch: LaunchConfig | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -82,10 +86,10 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _one_server(self) -> ServerConfig:
-        if sum(way is not None for way in (self.url, self.launch, self.mock)) != 1:
+        if sum(way is not None for way in (self.url, self.urls, self.launch, self.mock)) != 1:
             raise ValueError(
-                "give one of url (a running server), launch (an engine started here) and mock (a model "
-                "of one started here)"
+                "give one of url (a running server), urls (several of them), launch (an engine started "
+                "here) and mock (a model of one started here)"
             )
         if self.launch is not None and self.engine is not None:
             raise ValueError("engine: server.launch says which engine it is: leave it out")
@@ -94,17 +98,38 @@ class ServerConfig(Section):
                 f"engine says {self.engine}, but the mock is {self.mock.engine}: a section mock.sglang "
                 "makes it SGLang; leave engine out"
             )
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
+        if not all(url.startswith(("http://", "https://")) for url in self.running):
             raise ValueError("url must start with http:// or https://")
         return self
 
     @model_validator(mode="after")
+    def _some_replicas(self) -> ServerConfig:
+        if self.urls is not None and len({url.rstrip("/") for url in self.urls}) < max(
+            len(self.urls), 2
+        ):
+            raise ValueError("urls: give two or more, each once; a single server goes by url")
+        if self.replicas is not None and self.running:
+            raise ValueError(
+                "replicas: it goes with launch or mock; urls are counted by themselves"
+            )
+        if self.replicas is None or self.launch is None or self.launch.runs_on == "cpu":
+            return self
+        if len(self.gpus or ()) != self.count * self.launch.gpus:
+            raise ValueError(
+                f"gpus: {self.count} replicas on {self.launch.gpus} GPUs each are given theirs in this "
+                f"order: name {self.count * self.launch.gpus}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_key(self) -> ServerConfig:
-        if "@" in urlsplit(self.url or "").netloc:
+        if any("@" in urlsplit(url).netloc for url in self.running):
             raise ValueError("url: leave user and password out of it: use headers or api_key_env")
         if self.api_key_env is not None and "authorization" in map(str.lower, self.headers):
             raise ValueError("api_key_env: headers hold an Authorization already: give one of them")
-        if self.tls_ca is not None and not (self.url or "").startswith("https://"):
+        if self.tls_ca is not None and not (
+            self.running and all(url.startswith("https://") for url in self.running)
+        ):
             raise ValueError("tls_ca: it goes with a url that starts with https://")
         return self
 
@@ -115,6 +140,16 @@ class ServerConfig(Section):
         if self.gpus and not self.on_gpu:
             raise ValueError("gpus: this server uses none: leave it out")
         return self
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """URLs of the servers that somebody else started; empty where they are started here."""
+        return self.urls or (() if self.url is None else (self.url,))
+
+    @property
+    def count(self) -> int:
+        """How many servers share the requests: number i goes to number i mod count."""
+        return len(self.running) or self.replicas or 1
 
     @property
     def timeout_s(self) -> float:
@@ -136,15 +171,18 @@ class ServerConfig(Section):
 
 
 class LoadConfig(Section):
-    """Rates as multiples of the predicted critical rate, and how long each is driven."""
+    """Rates as multiples of the predicted critical rate, by which law requests arrive, and how long."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.85, 1.15, 1.3)
     horizon_s: Annotated[float, Field(gt=0)] | None = None
     max_horizon_s: Annotated[float, Field(gt=0)] = 600.0
+    arrivals: ArrivalsConfig = PoissonConfig()
     start: Literal["empty", "full", "both"] = "empty"
     extend: bool = True
     seed: Annotated[int, Field(ge=0)] = 1
     vocabulary: tuple[Annotated[int, Field(ge=0)], Positive] = (FIRST_ORDINARY_ID, 900)
+    workers: Literal["auto"] | Positive = "auto"
+    """Processes that offer the load; auto: as many as its streamed tokens take."""
     send_delay_ms: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
@@ -152,6 +190,25 @@ class LoadConfig(Section):
         low, high = self.vocabulary
         if high - low < 2:
             raise ValueError(f"vocabulary: [{low}, {high}] holds fewer than two token ids")
+        return self
+
+    @model_validator(mode="after")
+    def _possible_arrivals(self) -> LoadConfig:
+        if not isinstance(self.arrivals, ReplayConfig):
+            law = self.arrivals.law()
+            if self.start != "empty" and not stationary(law):
+                raise ValueError(
+                    "start: what a burst leaves is judged at one rate: leave it out beside a rate that "
+                    "follows the clock"
+                )
+            return self
+        if self.start != "empty":
+            raise ValueError("start: a trace is replayed from an empty server: leave it out")
+        if self.arrivals.times == "own" and self.rates != LoadConfig.model_fields["rates"].default:
+            raise ValueError(
+                "rates: a trace at its own times has one rate: leave it out, or set arrivals.times to "
+                "scaled"
+            )
         return self
 
     @model_validator(mode="after")
@@ -203,6 +260,48 @@ class ExperimentConfig(Section):
             raise ValueError("give either workload or regimes")
         if self.regimes and not math.isclose(sum(r.share for r in self.regimes), 1.0):
             raise ValueError("regimes: the shares must sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _from_empty(self) -> ExperimentConfig:
+        if self.server is not None and self.server.count > 1 and self.load.start != "empty":
+            raise ValueError(
+                "load.start: what a burst leaves is judged of one server: leave it out beside urls and "
+                "replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_of_the_replay(self) -> ExperimentConfig:
+        if isinstance(self.load.arrivals, ReplayConfig):
+            law = self.workload
+            if law is None or law.trace is None or law.part is not None:
+                raise ValueError(
+                    "load.arrivals: a replay has the lengths of its file: name it in workload.trace, "
+                    "without workload.part"
+                )
+        return self
+
+    def arrivals(self) -> Process:
+        """The law of arrivals. Raises ConfigError when a trace cannot be replayed."""
+        section = self.load.arrivals
+        if not isinstance(section, ReplayConfig):
+            return section.law()
+        assert self.workload is not None
+        return section.law_of(self.workload)
+
+    def loads(self, critical_rate: float) -> tuple[float, ...]:
+        """Rates of the runs as multiples of the predicted critical one, req/s."""
+        section, law = self.load.arrivals, self.arrivals()
+        if isinstance(section, ReplayConfig) and section.times == "own" and isinstance(law, Replay):
+            return (law.own_rate / critical_rate,)
+        return self.load.rates
+
+    @model_validator(mode="after")
+    def _workers_speak_plain_http(self) -> ExperimentConfig:
+        urls = () if self.server is None else self.server.running
+        if self.load.workers not in ("auto", 1) and any(url.startswith("https") for url in urls):
+            raise ValueError("load.workers: several speak plain HTTP alone: leave it out for https")
         return self
 
     def law(self) -> Workload:

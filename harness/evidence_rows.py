@@ -13,7 +13,9 @@ from analysis.estimate import Estimate, ratio
 from analysis.evidence import Evidence
 from analysis.explain import Explanation, explain
 from analysis.judge import judge
-from analysis.run_verdict import Capacity, capacity
+from analysis.replica_verdict import verdict_of
+from analysis.replicas import backlogs
+from analysis.run_verdict import Capacity
 from analysis.second_opinion import simulated_rate
 from analysis.step_time import StepTime, StepTimeFit
 from analysis.verdict import Verdict
@@ -22,6 +24,7 @@ from harness.config import ExperimentConfig, load_config
 from harness.launch import PACE_LOG
 from harness.predict import SECOND_OPINION_REQUESTS, prefill_chunk
 from harness.store import Store
+from harness.streams import of_replica
 
 SIMULATED = "simulated.json"
 """Rate of the scheduler model under the law that an engine was set to: made later, decides nothing."""
@@ -42,7 +45,14 @@ class Row:
     recomputed_tokens: float | None
     """Tokens per request that were computed again, as counted; None where nothing counts them."""
     explanation: Explanation
-    """What lies between the paper's formula and the measured rate."""
+    """What lies between the paper's formula and the measured rate, of ``server`` alone."""
+    server: int = 0
+    """Which of several servers ``backlog`` is of: the one whose queue lasted longest."""
+
+    @property
+    def servers(self) -> int:
+        """How many share the requests."""
+        return 1 if self.evidence.replicas is None else len(self.evidence.replicas.each)
 
     @property
     def name(self) -> str:
@@ -84,15 +94,20 @@ def read_row(folder: Path) -> Row:
     evidence = load_evidence(store)
     launch = None if config.server is None else config.server.launch
     law = None if launch is None or launch.step_time is None else launch.step_time.law()
-    seen = [c for run in evidence.runs if (c := capacity(run, evidence)) is not None]
-    backlog = max(seen, key=lambda c: c.saturated.window.duration_s, default=None)
+    servers = (evidence,) if evidence.replicas is None else evidence.replicas.each
+    seen = [(i, c) for i, own in enumerate(backlogs(evidence)) for c in own]
+    server, backlog = max(
+        seen, key=lambda found: found[1].saturated.window.duration_s, default=(0, None)
+    )
     simulated = evidence.simulated
     if law is not None and store.has(SIMULATED):
         simulated = Estimate.from_dict(store.read_json(SIMULATED))
     recomputed = None
-    if backlog is not None and law is not None and store.has(PACE_LOG):
-        recomputed = _recomputed(store, backlog, law)
-    verdict = judge(evidence)
+    log = of_replica(PACE_LOG, server, len(servers))
+    if backlog is not None and law is not None and store.has(log):
+        recomputed = _recomputed(store, log, backlog, law)
+    verdict, one = verdict_of(evidence), servers[server]
+    of_one = verdict if one is evidence else judge(one)
     fit = StepTimeFit.from_dict(store.read_json("calibration.json")["fit"])
     chunk = prefill_chunk(config, config.estimated_law(), evidence.limits)
     return Row(
@@ -103,27 +118,30 @@ def read_row(folder: Path) -> Row:
         set_law=law,
         simulated=simulated,
         recomputed_tokens=recomputed,
-        explanation=explain(evidence, verdict, fit, chunk, recomputed),
+        explanation=explain(one, of_one, fit, chunk, recomputed),
+        server=server,
     )
 
 
 def simulate_set_law(store: Store) -> Estimate | None:
-    """req/s of the scheduler model under the law that an engine was set to; None where none was set."""
+    """req/s of the scheduler model under the law that an engine was set to, of all servers together;
+    None where none was set."""
     config = load_config(store.path / "config.yaml")
     launch = None if config.server is None else config.server.launch
     if launch is None or launch.step_time is None:
         return None
     evidence = load_evidence(store)
+    assert config.server is not None
     return simulated_rate(
         evidence.workload,
         evidence.limits,
         launch.step_time.law(),
         requests=SECOND_OPINION_REQUESTS,
         seed=config.load.seed,
-    )
+    ).scaled(config.server.count)
 
 
-def _recomputed(store: Store, backlog: Capacity, law: StepTime) -> float | None:
+def _recomputed(store: Store, log: str, backlog: Capacity, law: StepTime) -> float | None:
     """Tokens per request that were computed again under backlog.
 
     A step that is set to b0 + b1 tokens tells its tokens by its length; what requests need once, their
@@ -134,7 +152,7 @@ def _recomputed(store: Store, backlog: Capacity, law: StepTime) -> float | None:
         return None
     run, window = backlog.run.frames, backlog.saturated.window
     start_ns = store.read_run(run.run.id).start_ns
-    lines = [json.loads(line) for line in (store.path / PACE_LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (store.path / log).read_text().splitlines()]
     at_s = np.array([(line["t_ns"] - start_ns) / 1e9 for line in lines])
     inside = np.flatnonzero((at_s >= window.start_s) & (at_s <= window.end_s))
     if len(inside) < 3:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +12,8 @@ import yaml
 from rich.markup import escape
 
 from analysis.calibration_lines import pool_differs, pool_text
-from analysis.judge import judge
 from analysis.prediction import Prediction
+from analysis.replica_verdict import verdict_of
 from analysis.summary import summary
 from analysis.verdict import Verdict
 from harness.analyse import analyse, load_evidence
@@ -23,6 +25,7 @@ from harness.environment import environment
 from harness.gpu import NoGpu
 from harness.gpu_choice import engine_gpus, gpu_note
 from harness.gpu_reader import GpuReader
+from harness.machine_limits import gate, needs_of, saved
 from harness.offer import Stage, most_in_flight, offer
 from harness.plan import (
     Plan,
@@ -32,13 +35,17 @@ from harness.plan import (
     require_distinct_prompts,
 )
 from harness.predict import narrow_enough, predictions
+from harness.replicas import at_once, bounding, pooled, predictions_of_all
 from harness.sampler import ServerGone
 from harness.saturated import calibration_record
-from harness.server import ServerFailed
+from harness.server import ServerFailed, url_is_loopback
 from harness.store import INPUTS, Store
-from harness.target import Target, assumptions, require_fitting, target_server
+from harness.streams import of_replica
+from harness.target import ENGINE_LOG, Target, assumptions, require_fitting, target_servers
 from loadgen.drive import TooFewFileDescriptors, require_file_descriptors
+from loadgen.processes import POISSON, Replay
 from loadgen.records import Run
+from loadgen.workers import WorkerFailed
 from loadgen.workload import Workload
 
 MAX_EXTRA_RUNS = 3
@@ -58,35 +65,45 @@ async def run_experiment(
     for line in dict.fromkeys((*workload.notes, *estimated.notes)):
         display.say(escape(f"note        {line}"))
     display.phase("starting the server")
-    async with target_server(config, store) as target:
-        gpus = gpus_of(config, target, store, display)
+    async with target_servers(config, store) as targets:
+        target = targets[0]
+        away = (one for one in targets if not url_is_loopback(one.url))
+        gpus = gpus_of(config, next(away, target), store, display)
         require_fitting(workload, target.limits)
         require_fitting(estimated, target.limits)
         for line in assumptions(target.shown, config):
             display.say(f"note        {line}")
-        prediction, _ = await predicted(config, target, estimated, display, store)
+        if len(targets) == 1:
+            prediction, _ = await predicted(config, target, estimated, display, store)
+        else:
+            prediction = await predicted_of_all(config, targets, estimated, display, store)
         claim = Prediction.from_dict(prediction["claim"])
         digest = store.digest("prediction.json")
         engine = Prediction.from_dict(prediction["engine"])
         load = config.load
-        plan = _plan(config, workload, claim, engine, digest, load.rates, load.start)
+        loads = config.loads(claim.critical_rate.value)
+        plan = _plan(config, workload, claim, engine, digest, loads, load.start)
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
         require_distinct_prompts(plan, workload, range(*config.load.vocabulary))
-        for run in plan.runs:
-            arrivals = run.preload + round(run.arrival_rate * run.horizon_s)
-            require_file_descriptors(most_in_flight(arrivals, run, claim.critical_rate.value))
+        display.say(f"note        {reach(plan, workload, claim)}")
         if plan_only:
             return None
         try:
             rate = claim.critical_rate.value
-            stage = Stage(config, target, workload, store, display, gpus, rate)
+            stage = Stage(config, targets, workload, store, display, gpus, rate)
             await _drive_all(stage, plan)
-        except (ServerGone, ServerFailed, MissingMetric, TooFewFileDescriptors) as error:
+        except (
+            ServerGone,
+            ServerFailed,
+            MissingMetric,
+            TooFewFileDescriptors,
+            WorkerFailed,
+        ) as error:
             if not store.whole_runs():
                 raise
-            ended = target.poll()
-            display.say(escape(f"error       {error}" + (f"; {ended}" if ended else "")))
+            ended = [said for one in targets if (said := one.poll())]
+            display.say(escape(f"error       {'; '.join([str(error), *ended])}"))
             display.say("            what was measured until then is judged")
         except asyncio.CancelledError:
             if store.whole_runs():
@@ -108,9 +125,8 @@ def _refuse_offline_keys(config: ExperimentConfig) -> None:
     if config.limits.sglang is not None:
         given.append("limits.sglang")
     if given:
-        raise ConfigError(
-            f"{given[0]}: only `critrate predict` uses it; a run measures one server: remove it"
-        )
+        several = "; server.replicas starts several" if given[0] == "replicas" else ""
+        raise ConfigError(f"{given[0]}: only `critrate predict` uses it: remove it{several}")
 
 
 def gpus_of(
@@ -155,10 +171,56 @@ async def predicted(
     return prediction, sum(probe.requests for probe in calibration.probes)
 
 
+async def predicted_of_all(
+    config: ExperimentConfig,
+    targets: Sequence[Target],
+    workload: Workload,
+    display: Display,
+    store: Store,
+) -> dict[str, Any]:
+    """The same for several servers: calibration-<i>.json is of each, calibration.json of those that
+    bound the whole."""
+    found = await at_once(
+        [calibrated(config, one, workload, display, store, i) for i, one in enumerate(targets)]
+    )
+    shown = targets[0].limits
+    for index, calibration in enumerate(found):
+        record = calibration_record(config, workload, shown, calibration)
+        store.write_json(of_replica("calibration.json", index, len(found)), record)
+        if pool_differs(record):
+            display.say(escape(f"warning     KV pool of replica {index}: {pool_text(record)}"))
+    limits, fits = found[0].limits(shown), [one.fit for one in found]
+    slow = bounding(config, workload, limits, fits)
+    if len(slow) < len(found):
+        names = " and ".join(map(str, slow))
+        display.say(
+            f"note        replica {names} is slower: round-robin gives all what it can take"
+        )
+    together = pooled([found[index] for index in slow])
+    store.write_json("calibration.json", calibration_record(config, workload, shown, together))
+    store.write_json("limits.json", {"shown": targets[0].shown, "used": limits})
+    prediction = predictions_of_all(config, workload, limits, fits, together.fit, slow)
+    prediction["made_from"] = {name: store.digest(name) for name in INPUTS}
+    store.write_json("prediction.json", prediction)
+    return prediction
+
+
 async def calibrated(
-    config: ExperimentConfig, target: Target, workload: Workload, display: Display, store: Store
+    config: ExperimentConfig,
+    target: Target,
+    workload: Workload,
+    display: Display,
+    store: Store,
+    index: int = 0,
 ) -> Calibration:
-    """Probes until the prediction's 90 % interval is narrower than two fifths of the band."""
+    """Probes until the prediction's 90 % interval is narrower than two fifths of the band.
+
+    ``index``: which of several servers ``target`` is.
+    """
+    assert config.server is not None
+    count = config.server.count
+    name = "calibrating" if count == 1 else f"calibrating replica {index}"
+    log = store.path / of_replica(ENGINE_LOG, index, count)
     return await calibrate(
         target.session,
         target.url,
@@ -169,8 +231,8 @@ async def calibrated(
         range(*config.load.vocabulary),
         config.load.seed,
         narrow_enough(config, workload, target.limits),
-        lambda probe, share: display.phase(f"calibrating: {probe}", share),
-        log=None if config.server is None or config.server.url else store.path / "engine.log",
+        lambda probe, share: display.phase(f"{name}: {probe}", share),
+        log=None if config.server.running else log,
     )
 
 
@@ -196,7 +258,20 @@ def _plan(
         prediction_digest=digest,
         first_index=first_index,
         start=start,
+        arrivals=config.arrivals(),
     )
+
+
+def reach(plan: Plan, workload: Workload, prediction: Prediction) -> str:
+    """What this machine can offer, in a line. Raises TooFewFileDescriptors and BeyondThisMachine."""
+    needs = []
+    rate, mean = prediction.critical_rate.value, workload.mean(workload.output_tokens)
+    for run in plan.runs:
+        arrivals = run.preload + round(run.arrival_rate * run.horizon_s)
+        in_flight = most_in_flight(arrivals, run, rate)
+        require_file_descriptors(in_flight)
+        needs.append(needs_of(run, mean, rate, in_flight))
+    return gate(needs, saved())
 
 
 def _announce(prediction: Prediction, plan: Plan, display: Display) -> None:
@@ -205,13 +280,19 @@ def _announce(prediction: Prediction, plan: Plan, display: Display) -> None:
         f"predicted   {rate.value:.4g} req/s [{rate.low:.4g}, {rate.high:.4g}]   "
         f"{prediction.claim} {prediction.grade}, bound by {prediction.binding}"
     )
+    if plan.runs[0].arrivals != POISSON:
+        display.say(f"arrivals    {plan.runs[0].arrivals.text}")
     for run, power in zip(plan.runs, plan.power, strict=True):
         display.say(
             f"plan        {run.arrival_rate:.4g} req/s for {run.horizon_s:.0f} s, "
-            f"{run.arrival_rate * run.horizon_s:.0f} requests{_burst(run)}, power {100 * power:.0f} %"
+            f"{run.arrival_rate * run.horizon_s:.0f} requests{_burst(run)}, {_power(power)}"
             + _of_what(run, prediction, plan.theta)
         )
     display.say(f"            {plan.duration_s / 60:.1f} minutes, {plan.requests:.0f} requests")
+
+
+def _power(power: float) -> str:
+    return "a replay: not judged" if math.isnan(power) else f"power {100 * power:.0f} %"
 
 
 def _burst(run: Run) -> str:
@@ -221,7 +302,7 @@ def _burst(run: Run) -> str:
 def _of_what(run: Run, prediction: Prediction, theta: float) -> str:
     """At nearly the predicted rate no answer is the right one: what the power is the power of."""
     rate, least = prediction.critical_rate.value, least_excess(theta)
-    if abs(run.arrival_rate / rate - 1) >= least:
+    if abs(run.arrival_rate / rate - 1) >= least or isinstance(run.arrivals, Replay):
         return ""
     side = "higher" if run.arrival_rate < rate else "lower"
     return f" if the critical rate is {100 * least:.3g} % {side}"
@@ -235,9 +316,10 @@ async def _drive_all(stage: Stage, plan: Plan) -> None:
     countdown = Countdown(plan.duration_s)
     for run in plan.runs:
         await offer(stage, run, plan.prediction_digest, countdown)
-    for _ in range(MAX_EXTRA_RUNS if stage.config.load.extend else 0):
+    extend = stage.config.load.extend and not isinstance(plan.runs[0].arrivals, Replay)
+    for _ in range(MAX_EXTRA_RUNS if extend else 0):
         evidence = load_evidence(stage.store)
-        load = outside(judge(evidence))
+        load = outside(verdict_of(evidence))
         if load is None:
             return
         more = _plan(

@@ -10,14 +10,11 @@ import typer
 from rich.console import Console
 
 from analysis.evidence import Evidence
-from analysis.explain import Explanation, explain
+from analysis.explain import Explanation
 from analysis.explain_text import explanation_text
 from analysis.figures_of_explain import explanation_png, explanation_svg
 from analysis.formatting import grouped
-from analysis.step_time import StepTimeFit
-from harness.config import load_config
 from harness.evidence_rows import read_row
-from harness.predict import prefill_chunk
 from harness.store import Store
 from harness.streams import finite
 
@@ -53,12 +50,10 @@ def explained(store: Store) -> tuple[Explanation, tuple[str, ...]]:
     Raises StoreError where a file is missing or is not the one that the prediction was made from.
     """
     row = read_row(store.path)
-    evidence = row.evidence
-    config = load_config(store.path / "config.yaml")
-    fit = StepTimeFit.from_dict(store.read_json("calibration.json")["fit"])
-    chunk = prefill_chunk(config, config.estimated_law(), evidence.limits)
-    found = explain(evidence, row.verdict, fit, chunk, row.recomputed_tokens)
-    return found, _about(store.read_json("limits.json")["shown"], evidence)
+    about = _about(store.read_json("limits.json")["shown"], row.evidence)
+    if row.servers > 1:
+        about = (*about, f"rates and causes are of replica {row.server}, one of {row.servers}")
+    return row.explanation, about
 
 
 def _about(shown: dict[str, Any], evidence: Evidence) -> tuple[str, ...]:

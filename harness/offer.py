@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
+from rich.markup import escape
 
 from analysis.engine import EngineSample
 from harness.config import ExperimentConfig
@@ -22,9 +22,11 @@ from harness.server import ServerFailed
 from harness.store import EndReason, Store
 from harness.target import Target
 from loadgen.arrivals import run_arrivals
-from loadgen.drive import drive
+from loadgen.drive import is_plain
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import RequestRecord, Run
+from loadgen.replay import run_lengths
+from loadgen.workers import Offer, ready_load, usable_cores, workers_for
 from loadgen.workload import Workload
 
 START_DELAY_S = 0.5
@@ -37,13 +39,19 @@ class Stage:
     """What all runs of an experiment share."""
 
     config: ExperimentConfig
-    target: Target
+    targets: tuple[Target, ...]
+    """In the order of the list of URLs: request number i goes to number i mod N."""
     workload: Workload
     store: Store
     display: Display
     gpus: GpuReader | NoGpu
     critical_rate: float
-    """Predicted, req/s."""
+    """Predicted, req/s, of all servers together."""
+
+    @property
+    def target(self) -> Target:
+        """The server, or the first of several: what it shows of itself is what all show."""
+        return self.targets[0]
 
 
 async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Countdown) -> None:
@@ -51,9 +59,9 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
 
     Raises ServerGone when the server stops answering, and passes a cancellation on.
     """
-    config, target, store = stage.config, stage.target, stage.store
+    config, target = stage.config, stage.target
     arrival_s = run_arrivals(run)
-    lengths = stage.workload.sample(np.random.default_rng([run.seed, 1]), len(arrival_s))
+    lengths = run_lengths(run, stage.workload, len(arrival_s))
     prompts = make_prompts(lengths[:, 0], run.seed, range(*config.load.vocabulary))
     bodies = [
         completion_body(
@@ -66,7 +74,27 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
         )
         for prompt, (_, o, declared) in zip(prompts, lengths, strict=True)
     ]
-    await idle(target, stage.display)
+    ready = ready_load(
+        workers_of(stage, run.arrival_rate),
+        target.session,
+        [f"{one.url}/v1/completions" for one in stage.targets],
+        arrival_s,
+        bodies,
+        lengths,
+        run.horizon_s,
+        send_delay_s=config.load.send_delay_ms / 1e3,
+        expected_in_flight=most_in_flight(len(arrival_s), run, stage.critical_rate),
+    )
+    async with ready as offer_load:
+        for one in stage.targets:
+            await idle(one, stage.display)
+        await _to_the_horizon(stage, run, prediction_digest, countdown, offer_load)
+
+
+async def _to_the_horizon(
+    stage: Stage, run: Run, prediction_digest: str, countdown: Countdown, offer_load: Offer
+) -> None:
+    store = stage.store
     start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
     store.begin_run(run, start_ns, datetime.now(UTC).isoformat(), prediction_digest)
     load = f"{run.id[3:].removesuffix('-full')} of critical"
@@ -77,25 +105,11 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
         stage.display.load(in_flight, sent)
 
     reason: EndReason = "interrupted"
-    stats: SamplerStats | None = None
+    stats: Sequence[SamplerStats] = ()
     end_ns = start_ns
     try:
         async with recording(stage, run.id) as (on_record, sampling):
-            loading = asyncio.create_task(
-                drive(
-                    target.session,
-                    f"{target.url}/v1/completions",
-                    arrival_s,
-                    bodies,
-                    lengths,
-                    run.horizon_s,
-                    start_ns,
-                    on_record,
-                    progress=progress,
-                    send_delay_s=config.load.send_delay_ms / 1e3,
-                    expected_in_flight=most_in_flight(len(arrival_s), run, stage.critical_rate),
-                )
-            )
+            loading = asyncio.ensure_future(offer_load(start_ns, on_record, progress))
             try:
                 await asyncio.wait({loading, sampling.task}, return_when=asyncio.FIRST_COMPLETED)
                 if not loading.done():
@@ -108,13 +122,28 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
                 end_ns = time.monotonic_ns()
             if isinstance(results[0], Exception):
                 raise results[0]
+            if isinstance(results[0], tuple):
+                for lost in results[0]:
+                    stage.display.say(escape(f"  warning: {lost}"))
             stats = await sampling.finish()
     except ServerGone as error:
-        stats = error.stats
+        stats = [error.stats]
         raise
     finally:
         # Only now are the streams whole on the disk.
-        store.end_run(run.id, end_ns, reason, stats)
+        first = stats[0] if stats else None
+        store.end_run(run.id, end_ns, reason, first, stats if len(stats) > 1 else ())
+
+
+def workers_of(stage: Stage, arrival_rate: float) -> int:
+    """How many processes offer this load: as the config says, or as its streamed tokens take."""
+    wanted = stage.config.load.workers
+    if wanted != "auto":
+        return wanted
+    if not is_plain([one.url for one in stage.targets]):
+        return 1
+    output_tokens = stage.workload.mean(stage.workload.output_tokens)
+    return workers_for(arrival_rate * output_tokens, usable_cores())
 
 
 def most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
@@ -125,14 +154,14 @@ def most_in_flight(arrivals: int, run: Run, critical_rate: float) -> int:
 
 
 class Sampling:
-    """The sampler as a task that can be told to stop."""
+    """The samplers, one for each server, as a task that can be told to stop."""
 
-    def __init__(self, task: asyncio.Task[SamplerStats], stop: asyncio.Event) -> None:
+    def __init__(self, task: asyncio.Task[list[SamplerStats]], stop: asyncio.Event) -> None:
         self.task = task
         self._stop = stop
 
-    async def finish(self) -> SamplerStats:
-        """Stop after the sample under way. Raises what the sampler raised."""
+    async def finish(self) -> list[SamplerStats]:
+        """Stop after the samples under way. Raises what a sampler raised."""
         self._stop.set()
         return await self.task
 
@@ -141,14 +170,15 @@ class Sampling:
 async def recording(
     stage: Stage, run_id: str, watch: Callable[[EngineSample], None] | None = None
 ) -> AsyncIterator[tuple[Callable[[RequestRecord], None], Sampling]]:
-    """Append-only streams of one run, with the sampler writing into two of them.
+    """Append-only streams of one run, with the samplers writing into all but one of them.
 
-    ``watch`` sees every sample of the engine besides.
+    Each server has a sampler and a stream of its own; GPUs are read beside the first. ``watch`` sees
+    every sample of an engine besides.
     """
     gpus = stage.gpus if isinstance(stage.gpus, GpuReader) else None
+    count = len(stage.targets)
     with contextlib.ExitStack() as streams:
         requests = streams.enter_context(stage.store.stream(run_id, "requests"))
-        engine = streams.enter_context(stage.store.stream(run_id, "engine"))
         on_gpu: Callable[[Sequence[GpuSample]], None] | None = None
         if gpus is not None:
             gpu = streams.enter_context(stage.store.stream(run_id, "gpu"))
@@ -157,25 +187,39 @@ async def recording(
                 for row in rows:
                     gpu.write(row)
 
-        def on_sample(sample: EngineSample) -> None:
-            engine.write(sample)
-            if watch is not None:
-                watch(sample)
+        def sampler(index: int, target: Target) -> Coroutine[Any, Any, SamplerStats]:
+            engine = streams.enter_context(
+                stage.store.stream(run_id, "engine", replica=(index, count))
+            )
 
-        stop = asyncio.Event()
-        task = asyncio.create_task(
-            sample_engine(
-                stage.target.session,
-                stage.target.url,
-                stage.target.facts,
+            def on_sample(sample: EngineSample) -> None:
+                engine.write(sample)
+                if watch is not None:
+                    watch(sample)
+
+            return sample_engine(
+                target.session,
+                target.url,
+                target.facts,
                 stage.config.sample_interval_s,
                 stop,
                 on_sample,
-                gpus=gpus,
-                on_gpu=on_gpu,
-                version=stage.target.shown.version,
+                gpus=gpus if index == 0 else None,
+                on_gpu=on_gpu if index == 0 else None,
+                version=target.shown.version,
             )
-        )
+
+        async def all_of() -> list[SamplerStats]:
+            own = [asyncio.create_task(sampler(i, t)) for i, t in enumerate(stage.targets)]
+            try:
+                return await asyncio.gather(*own)
+            finally:
+                # Where one server is gone the others' samples are whole before the streams close.
+                stop.set()
+                await asyncio.gather(*own, return_exceptions=True)
+
+        stop = asyncio.Event()
+        task = asyncio.create_task(all_of())
         try:
             yield requests.write, Sampling(task, stop)
         finally:

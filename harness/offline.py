@@ -13,11 +13,14 @@ SYNCHRONOUS = {"vllm": "--no-async-scheduling", "sglang": "--disable-overlap-sch
 def stated(config: ExperimentConfig) -> ExperimentConfig:
     """The config without its server, the limits of ``server.launch`` where ``limits`` says nothing.
 
-    Only limits are taken over, never the step time of an emulation. Data-parallel ranks become
-    replicas, tensor-parallel ones share the hardware.
+    Only limits are taken over, never the step time of an emulation. Servers behind one list, and
+    data-parallel ranks, become replicas; tensor-parallel ranks share the hardware.
     """
-    if config.server is None or config.server.launch is None:
+    if config.server is None:
         return config
+    replicas = config.replicas * config.server.count
+    if config.server.launch is None:
+        return config.model_copy(update={"replicas": replicas})
     launch = config.server.launch
     given = {k: v for k, v in config.limits if v is not None}
     hardware = config.hardware
@@ -28,7 +31,7 @@ def stated(config: ExperimentConfig) -> ExperimentConfig:
             "server": None,
             "limits": LimitsConfig.model_validate({**_limits(launch), **given}),
             "hardware": hardware,
-            "replicas": config.replicas * launch.data_parallel_size,
+            "replicas": replicas * launch.data_parallel_size,
         }
     )
 

@@ -8,12 +8,12 @@ import re
 import shutil
 from pathlib import Path
 
-from analysis.judge import judge
+from analysis.replica_verdict import verdict_of
 from harness.analyse import load_evidence
 from harness.columns import write_columns
 from harness.evidence_rows import SIMULATED, simulate_set_law
 from harness.launch import PACE_LOG
-from harness.store import STAGES, STREAMS, Store, StoreError
+from harness.store import STAGES, Store, StoreError
 
 MOST_BYTES = 300_000
 """Of the Parquet of one row."""
@@ -46,9 +46,9 @@ def export(source: Path, target: Path) -> int:
             )
         _keep_pace(judged, new)
         _require_nameless(new)
-        verdict = judge(load_evidence(judged)).to_dict()
+        verdict = verdict_of(load_evidence(judged)).to_dict()
         kept = Store.open(new)
-        if repr(judge(load_evidence(kept)).to_dict()) != repr(verdict):
+        if repr(verdict_of(load_evidence(kept)).to_dict()) != repr(verdict):
             raise StoreError(f"{source}: another verdict would come of what is kept")
         kept.write_json("verdict.json", verdict)
         if (simulated := simulate_set_law(kept)) is not None:
@@ -67,27 +67,25 @@ def _keep_run(judged: Store, run_id: str, new: Path) -> int:
     for name in ("run.json", "end.json"):
         shutil.copyfile(source / name, target / name)
     size = 0
-    for name in STREAMS:
-        if (source / f"{name}.jsonl").exists():
-            lines = (source / f"{name}.jsonl").read_text().splitlines()
-            records = [json.loads(line) for line in lines]
-            size += write_columns(target / f"{name}.parquet", records)
+    for name in judged.streams_of(run_id):
+        lines = (source / f"{name}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        size += write_columns(target / f"{name}.parquet", records)
     return size
 
 
 def _keep_pace(judged: Store, new: Path) -> None:
     """The lines of a paced engine's record that fall into a run: the others are of the probes."""
-    if not judged.has(PACE_LOG):
-        return
     spans = [(run.start_ns, run.end_ns) for run in map(judged.read_run, judged.whole_runs())]
-    lines = (judged.path / PACE_LOG).read_text().splitlines(keepends=True)
-    instants = [json.loads(line)["t_ns"] for line in lines]
-    inside = [
-        line
-        for line, t_ns in zip(lines, instants, strict=True)
-        if any(start_ns < t_ns <= end_ns for start_ns, end_ns in spans)
-    ]
-    (new / PACE_LOG).write_text("".join(inside))
+    for log in sorted(judged.path.glob(PACE_LOG.replace(".", "*."))):
+        lines = log.read_text().splitlines(keepends=True)
+        instants = [json.loads(line)["t_ns"] for line in lines]
+        inside = [
+            line
+            for line, t_ns in zip(lines, instants, strict=True)
+            if any(start_ns < t_ns <= end_ns for start_ns, end_ns in spans)
+        ]
+        (new / log.name).write_text("".join(inside))
 
 
 def _require_nameless(folder: Path) -> None:

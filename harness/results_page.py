@@ -12,6 +12,7 @@ from analysis.explain import ENOUGH
 from analysis.formatting import estimate_text, grouped, value_text
 from analysis.run_verdict import Capacity
 from harness.evidence_rows import Row
+from harness.replica_page import replica_sections
 
 NOTHING = "-"
 H3 = "vllm_h3_"
@@ -70,7 +71,7 @@ def page(rows: Sequence[Row]) -> str:
     """docs/results.md of these rows."""
     sections = [HEAD.format(summary=_summary(rows)), _table(RATES, rows)]
     sections += [RATIOS_HEAD, _table(RATIOS, rows), BACKLOG_HEAD, _table(BACKLOG, rows)]
-    sections += [*_h3(rows), *_published(rows)]
+    sections += [*_h3(rows), *_published(rows), *replica_sections(rows)]
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
@@ -122,6 +123,11 @@ def _percent(share: float, sign: bool = False) -> str:
     return f"{100 * share:{'+' if sign else ''}.1f} %"
 
 
+def _pools(row: Row) -> str:
+    each = grouped(row.evidence.limits.pool_tokens)
+    return each if row.servers == 1 else f"{row.servers} x {each}"
+
+
 def _law(row: Row) -> str:
     if row.set_law is None:
         return "its own"
@@ -152,7 +158,7 @@ def _counted(row: Row) -> str:
 RATES: tuple[Column, ...] = (
     ("row", lambda row: f"`{row.name}`"),
     ("lengths", lambda row: row.evidence.workload.name),
-    ("M", lambda row: grouped(row.evidence.limits.pool_tokens)),
+    ("M", lambda row: _pools(row)),
     ("step time set", _law),
     ("paper", lambda row: _text(row.paper)),
     ("in blocks", lambda row: value_text(row.in_blocks).replace(" req/s", "")),

@@ -24,8 +24,8 @@ from harness.analyse import LAG_OVER_RESIDENCE, MOST_LAG_MS
 from harness.offer import START_DELAY_S, Stage, idle, recording
 from harness.sampler import SamplerStats, ServerGone
 from harness.store import EndReason, Store
-from loadgen.client import TokenStream
-from loadgen.drive import Load, drive_on
+from loadgen.drive import Load, drive_on, extend
+from loadgen.exchange import TokenStream
 from loadgen.fidelity import MAX_LAG_MS, fidelity_of_stretches
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import LoadFidelity, RequestRecord, Run
@@ -138,7 +138,7 @@ async def search_live(
             driving = asyncio.create_task(
                 drive_on(
                     stage.target.session,
-                    f"{stage.target.url}/v1/completions",
+                    (f"{stage.target.url}/v1/completions",),
                     start_ns,
                     on_record,
                     lambda load: decide(stage, design, load, watch, log, seed),
@@ -156,7 +156,7 @@ async def search_live(
                 raise results[0]
             if reason != "server gone":
                 reason = "horizon"
-            stats = await sampling.finish()
+            (stats,) = await sampling.finish()
     except ServerGone as error:
         stats = error.stats
         raise
@@ -184,9 +184,8 @@ async def decide(
         lengths = stage.workload.sample(
             np.random.default_rng([stretch_seed(seed, index), 1]), len(arrival_s)
         )
-        load.extend(
-            arrival_s, _bodies(stage, lengths, stretch_seed(seed, index)), lengths, stretch.end_s
-        )
+        bodies = _bodies(stage, lengths, stretch_seed(seed, index))
+        extend(load, arrival_s, bodies, lengths, stretch.end_s)
         log.stretches.append(stretch)
         due_ns = load.start_ns + round((stretch.end_s - LEAD_S) * SECOND_NS)
         await asyncio.sleep(max(due_ns - time.monotonic_ns(), 0) / SECOND_NS)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from analysis.prediction import Prediction
 from analysis.search_result import SearchResult, search_lines
 from analysis.search_verdict import SearchVerdict, search_verdict, verdict_lines
-from harness.config import ExperimentConfig, load_config
+from harness.config import ConfigError, ExperimentConfig, load_config
 from harness.display import Display
 from harness.experiment import gpus_of, predicted, write_inputs
 from harness.interrupts import until_terminated
@@ -26,6 +26,7 @@ from harness.search_rehearsal import design_for
 from harness.store import Store
 from harness.streams import finite
 from harness.target import assumptions, require_fitting, target_server
+from loadgen.processes import POISSON
 
 INTERRUPT_EXIT = 130
 
@@ -97,6 +98,11 @@ async def search_server(
     then, the search begins at that rate, and search_verdict.json says what became of it.
     """
     workload = config.law()
+    if config.arrivals() != POISSON:
+        raise ConfigError(
+            "load.arrivals: a search changes its rate as it goes, which only Poisson arrivals allow: "
+            "remove it, or use `critrate run`"
+        )
     write_inputs(config, store)
     design = design_for(workload, precision, config.theta, *rates, max_duration_s)
     display.phase("starting the server")
@@ -107,12 +113,12 @@ async def search_server(
         gpus = gpus_of(config, target, store, display)
         if not verdict:
             store.write_json("limits.json", {"shown": target.shown, "used": target.limits})
-            stage = Stage(config, target, workload, store, display, gpus, design.first_rate)
+            stage = Stage(config, (target,), workload, store, display, gpus, design.first_rate)
             return await search_live(stage, design, seed), None
         prediction, probe_requests = await predicted(config, target, workload, display, store)
         claim = Prediction.from_dict(prediction["claim"])
         rate = claim.critical_rate.value
-        stage = Stage(config, target, workload, store, display, gpus, rate)
+        stage = Stage(config, (target,), workload, store, display, gpus, rate)
         digest = store.digest("prediction.json")
         result = await search_live(stage, replace(design, first_rate=rate), seed, digest)
         judged = search_verdict(claim, result, config.theta, probe_requests)

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from analysis.engine import EngineSample
 from harness import __version__
 from harness.streams import (
+    KEPT,
     DamagedRecord,
     JsonLines,
     StorageFull,
@@ -24,6 +25,7 @@ from harness.streams import (
     as_json,
     finite,
     holds_records,
+    of_replica,
     read_lines,
     storage_error,
 )
@@ -74,10 +76,13 @@ class StoredRun:
     samples: list[EngineSample]
     gpu: list[dict[str, Any]]
     warnings: tuple[str, ...]
+    by_replica: tuple[list[EngineSample], ...] = ()
+    """The samples of each of several servers; empty where there is one."""
 
 
 STREAMS = ("requests", "engine", "gpu")
-"""What a run records while it lasts; in kept evidence as Parquet."""
+"""What a run records while it lasts; in kept evidence as Parquet. Of several servers each has its
+engine-<i>."""
 INPUTS = ("config.yaml", "limits.json")
 """Files that a prediction and the thresholds of its verdict are made from: their digests stand in it."""
 
@@ -210,15 +215,39 @@ class Store:
         )
 
     def stream(
-        self, run_id: str, name: Literal["requests", "engine", "gpu"], flush_s: float = 1.0
+        self,
+        run_id: str,
+        name: Literal["requests", "engine", "gpu"],
+        flush_s: float = 1.0,
+        replica: tuple[int, int] = (0, 1),
     ) -> JsonLines:
-        """A writer for one of the run's streams."""
-        return JsonLines(self._run_folder(run_id) / f"{name}.jsonl", flush_s)
+        """A writer for one of the run's streams, or that of one replica: its index, and how many."""
+        return JsonLines(self._run_folder(run_id) / of_replica(f"{name}.jsonl", *replica), flush_s)
 
-    def end_run(self, run_id: str, end_ns: int, reason: EndReason, sampler: Any = None) -> None:
-        """Close the run; its streams count as whole from then on. ``sampler``: its statistics."""
-        self.write_json(
-            f"runs/{run_id}/end.json", {"end_ns": end_ns, "reason": reason, "sampler": sampler}
+    def end_run(
+        self,
+        run_id: str,
+        end_ns: int,
+        reason: EndReason,
+        sampler: Any = None,
+        samplers: Sequence[Any] = (),
+    ) -> None:
+        """Close the run; its streams count as whole from then on.
+
+        ``sampler``: its statistics; ``samplers``: those of each where several servers were sampled.
+        """
+        end: dict[str, Any] = {"end_ns": end_ns, "reason": reason, "sampler": sampler}
+        if samplers:
+            end["samplers"] = list(samplers)
+        self.write_json(f"runs/{run_id}/end.json", end)
+
+    def streams_of(self, run_id: str) -> list[str]:
+        """Names of the streams that the run has, sorted, such as "engine" or "engine-1"."""
+        folder = self._run_folder(run_id)
+        found = {p.stem for suffix in (".jsonl", KEPT) for p in folder.glob(f"*{suffix}")}
+        known = [name for name in found if name.partition("-")[0] in STREAMS]
+        return sorted(
+            known, key=lambda name: (STREAMS.index(name.partition("-")[0]), _number(name))
         )
 
     def read_run(self, run_id: str) -> StoredRun:
@@ -226,9 +255,11 @@ class Store:
         folder = self._run_folder(run_id)
         head = self.read_json(f"runs/{run_id}/run.json")
         records, torn_1 = read_lines(folder / "requests.jsonl", lambda d: RequestRecord(**d))
-        samples, torn_2 = read_lines(folder / "engine.jsonl", _engine_sample)
+        engines = [s for s in self.streams_of(run_id) if s.startswith("engine-")] or ["engine"]
+        seen = [read_lines(folder / f"{name}.jsonl", _engine_sample) for name in engines]
+        samples = [sample for own, _ in seen for sample in own]
         gpu, torn_3 = read_lines(folder / "gpu.jsonl", dict)
-        warnings = [w for w in (torn_1, torn_2, torn_3) if w is not None]
+        warnings = [w for w in (torn_1, *(torn for _, torn in seen), torn_3) if w is not None]
         end = self.read_json(f"runs/{run_id}/end.json") if (folder / "end.json").exists() else None
         if end is None:
             warnings.append(
@@ -240,7 +271,7 @@ class Store:
         else:
             end_ns = end["end_ns"]
         return StoredRun(
-            run=Run(**head["run"]),
+            run=Run.from_dict(head["run"]),
             start_ns=head["start_ns"],
             end_ns=end_ns,
             prediction_digest=head["prediction_digest"],
@@ -249,6 +280,7 @@ class Store:
             samples=samples,
             gpu=gpu,
             warnings=tuple(warnings),
+            by_replica=() if engines == ["engine"] else tuple(own for own, _ in seen),
         )
 
     def _run_folder(self, run_id: str) -> Path:
@@ -283,6 +315,11 @@ def missing(path: Path) -> list[str]:
 
 def _engine_sample(line: dict[str, Any]) -> EngineSample:
     return EngineSample(**{key: line[key] for key in line if key not in RETIRED})
+
+
+def _number(name: str) -> int:
+    _, _, number = name.partition("-")
+    return int(number) if number.isdigit() else -1
 
 
 def _request_times(records: list[RequestRecord]) -> Iterator[int]:

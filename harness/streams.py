@@ -33,6 +33,12 @@ class DamagedRecord(StoreError):
     """A line inside a stream is not a record."""
 
 
+def of_replica(name: str, index: int, count: int) -> str:
+    """The file of one of ``count`` servers: engine.log is engine-1.log of the second of several."""
+    stem, dot, suffix = name.partition(".")
+    return name if count == 1 else f"{stem}-{index}{dot}{suffix}"
+
+
 def as_json(data: Any, **options: Any) -> str:
     """JSON of plain data, dataclasses, paths and numpy scalars and arrays."""
     return json.dumps(data, default=_plain, **options)

@@ -1,10 +1,10 @@
-"""The server under test: attached to or started, with the limits that it shows."""
+"""The server under test, or several alike: attached to or started, with the limits that they show."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import aiohttp
 import yaml
@@ -15,12 +15,16 @@ from harness.config import ConfigError, ExperimentConfig, ServerConfig
 from harness.connection import connect
 from harness.engines import ENGINES, MOCKS, EngineFacts, mock_argv
 from harness.environment import redacted
+from harness.gpu_choice import VISIBLE
 from harness.launch import ENVIRONMENTS, PACE_LOG, LaunchConfig, argv, place
 from harness.limits import read_limits
 from harness.server import Server, attached, free_port, launched
 from harness.server_limits import ServerLimits
 from harness.store import Store
+from harness.streams import of_replica
 from loadgen.workload import Workload
+
+ENGINE_LOG = "engine.log"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +40,13 @@ class Target:
 
 
 @contextlib.asynccontextmanager
-async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator[Target]:
-    """The server of the config, attached to or started, with its limits read back."""
+async def target_servers(
+    config: ExperimentConfig, store: Store
+) -> AsyncIterator[tuple[Target, ...]]:
+    """The servers of the config in the order of its list, attached to or started, with their limits.
+
+    Raises ConfigError where several do not show the same.
+    """
     if config.server is None:
         raise ConfigError(
             "server: give a url, a launch or a mock to drive; without one use `critrate predict`"
@@ -46,27 +55,62 @@ async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator
     if server.launch is not None and server.launch.data_parallel_size > 1:
         raise ConfigError(
             "server.launch.data_parallel_size: a critical rate is measured of one engine: leave it out "
-            "to measure one rank; `critrate predict` multiplies by the ranks"
+            "to measure one rank, or start the ranks as server.replicas; `critrate predict` multiplies "
+            "by the ranks"
         )
     facts = _facts(server)
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(connect(server))
-        if server.url is not None:
-            ready = attached(session, server.url.rstrip("/"), facts.health_path, server.timeout_s)
-        else:
-            ready = _started(server, facts, store, session)
-        running = await stack.enter_async_context(ready)
+        ready = [
+            attached(
+                session, server.running[index].rstrip("/"), facts.health_path, server.timeout_s
+            )
+            if server.running
+            else _started(server, facts, store, session, index)
+            for index in range(server.count)
+        ]
+        running = [await stack.enter_async_context(one) for one in ready]
         # A server that is being stopped waits for open connections.
         stack.push_async_callback(session.close)
-        url = running.url
         given = config.limits
         blocks = None
         if given.pool_tokens is not None and given.block_size is not None:
             blocks = given.pool_tokens // given.block_size
-        shown = await read_limits(session, url, facts, blocks)
-        if server.launch is not None:
-            require_as_asked(server.launch, shown)
-        yield Target(url, facts, session, shown, engine_limits(shown, config), running.poll)
+        targets = []
+        for one in running:
+            shown = await read_limits(session, one.url, facts, blocks)
+            if server.launch is not None:
+                require_as_asked(server.launch, shown)
+            limits = engine_limits(shown, config)
+            targets.append(Target(one.url, facts, session, shown, limits, one.poll))
+        require_alike(targets)
+        yield tuple(targets)
+
+
+@contextlib.asynccontextmanager
+async def target_server(config: ExperimentConfig, store: Store) -> AsyncIterator[Target]:
+    """The one server of the config. Raises ConfigError where it lists several."""
+    if config.server is not None and config.server.count > 1:
+        raise ConfigError(
+            f"server: {config.server.count} replicas: only `critrate run` measures several: give one "
+            "url, or leave replicas out"
+        )
+    async with target_servers(config, store) as targets:
+        yield targets[0]
+
+
+def require_alike(targets: Sequence[Target]) -> None:
+    """Raise ConfigError unless all servers show the same: N times one rate is said of no others."""
+    first, *others = targets
+    for other in others:
+        for name, value in asdict(first.shown).items():
+            theirs = asdict(other.shown)[name]
+            if theirs != value:
+                raise ConfigError(
+                    f"server: {first.url} shows {name} {value}, {other.url} shows {theirs}: servers "
+                    "behind one list must be alike: start them with the same flags (a pool of memory "
+                    "left over differs: state its size)"
+                )
 
 
 def _facts(server: ServerConfig) -> EngineFacts:
@@ -79,10 +123,18 @@ def _facts(server: ServerConfig) -> EngineFacts:
 
 @contextlib.asynccontextmanager
 async def _started(
-    server: ServerConfig, facts: EngineFacts, store: Store, session: aiohttp.ClientSession
+    server: ServerConfig,
+    facts: EngineFacts,
+    store: Store,
+    session: aiohttp.ClientSession,
+    index: int,
 ) -> AsyncIterator[Server]:
-    """The mock or the engine of the config, as a process of ours; its command line is recorded."""
-    port = server.port or free_port()
+    """The mock or the engine of the config, as a process of ours; its command line is recorded.
+
+    ``index``: which of several it is; each has a port, a log and, on GPUs, cards of its own.
+    """
+    count = server.count
+    port = server.port + index if server.port else free_port()
     env: dict[str, str] = {}
     if server.mock is not None:
         parameters = server.mock.model_dump(mode="json")
@@ -90,18 +142,29 @@ async def _started(
         line = [*mock_argv(store.path / "mock.yaml"), "--port", str(port)]
     else:
         assert server.launch is not None
-        line, env = argv(server.launch, place(server.launch, port, store.path / PACE_LOG))
+        pace_log = store.path / of_replica(PACE_LOG, index, count)
+        line, env = argv(server.launch, place(server.launch, port, pace_log))
+        if count > 1 and server.gpus is not None:
+            env |= own_gpus(server.gpus, index, server.launch.gpus)
         record = {
             "command": redacted(line),
             "environment": {k: redacted([v])[0] for k, v in env.items()},
         }
         known = store.read_json("environment.json") if store.has("environment.json") else {}
-        store.write_json("environment.json", {**known, "engine": record})
+        name = "engine" if count == 1 else f"engine-{index}"
+        store.write_json("environment.json", {**known, name: record})
     url = f"http://127.0.0.1:{port}"
-    log = store.path / "engine.log"
+    log = store.path / of_replica(ENGINE_LOG, index, count)
     ready = launched(line, env, url, facts.health_path, server.timeout_s, log, session)
     async with ready as running:
         yield running
+
+
+def own_gpus(gpus: Sequence[int | str], index: int, each: int) -> dict[str, str]:
+    """What an engine's environment needs to use the ``index``-th ``each`` of ``gpus`` alone."""
+    own = gpus[index * each : (index + 1) * each]
+    # NVML counts as the bus does; CUDA by default does not.
+    return {VISIBLE: ",".join(map(str, own)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def require_as_asked(launch: LaunchConfig, shown: ServerLimits) -> None:
