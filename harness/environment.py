@@ -50,7 +50,7 @@ def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _installed(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_facts(),
         "gpu": _gpus(),
     }
 
@@ -111,7 +111,8 @@ def _clock() -> dict[str, Any]:
     return {"implementation": info.implementation, "resolution_s": info.resolution}
 
 
-def _cpu() -> dict[str, Any]:
+def cpu_facts() -> dict[str, Any]:
+    """Model, cores, cores that this process may use, load, and memory of this machine."""
     return {
         "model": _cpu_model(),
         "count": os.cpu_count(),

@@ -107,7 +107,7 @@ def sweep(
     outcomes = (
         _on_cores(function, listed)
         if cluster is None
-        else _on_ray(function, listed, _cluster(cluster), _ray())
+        else _on_ray(function, listed, cluster_arguments(cluster), ray_module())
     )
     return _in_order(listed, outcomes, progress)
 
@@ -279,20 +279,21 @@ def _cores() -> int:
 # ---- a Ray cluster
 
 
-def _ray() -> Any:
+def ray_module() -> Any:
+    """Ray. Raises ModuleNotFoundError, with what to install."""
     try:
         return importlib.import_module("ray")
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ModuleNotFoundError(
-            "a sweep on a cluster needs Ray, which is not installed: pip install 'critrate[ray]'",
+            "a cluster needs Ray, which is not installed: pip install 'critrate[ray]'",
             name="ray",
         ) from error
 
 
-def _cluster(cluster: str) -> dict[str, Any]:
-    """Arguments of `ray.init` for an answer to ``--cluster``."""
+def cluster_arguments(cluster: str) -> dict[str, Any]:
+    """Arguments of `ray.init` for an answer to ``--cluster``. Raises ValueError for a senseless one."""
     kind, _, count = cluster.partition(":")
     if kind != "local":
         modules = [str(ROOT / name) for name in PACKAGES]
@@ -315,11 +316,8 @@ def _on_ray(
     function: Callable[[Job], Result], jobs: Sequence[Job], arguments: dict[str, Any], ray: Any
 ) -> Generator[_Outcome[Result], None, None]:
     """Outcomes as they come. Few jobs are handed over at a time: waiting costs time for each of them."""
-    # Ray reports its use to its makers unless told otherwise.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        with _one_thread_each():
-            ray.init(logging_level="error", log_to_driver=False, **arguments)
+        join_cluster(ray, arguments)
         attempt = ray.remote(num_cpus=1)(_attempt)
         shared = ray.put(function)
         todo = iter(range(len(jobs)))
@@ -334,6 +332,14 @@ def _on_ray(
                 yield _Outcome(under_way.pop(answer), _ray_answer(ray, answer))
     finally:
         ray.shutdown()
+
+
+def join_cluster(ray: Any, arguments: dict[str, Any]) -> None:
+    """Join the cluster, or start the local one, whose workers compute on one thread each."""
+    # Ray reports its use to its makers unless told otherwise.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _one_thread_each():
+        ray.init(logging_level="error", log_to_driver=False, **arguments)
 
 
 def _ray_answer(ray: Any, answer: Any) -> Any:

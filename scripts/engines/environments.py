@@ -22,7 +22,8 @@ class CannotRun(Exception):
 @dataclass(frozen=True)
 class Package:
     """A package and the list that pins it and all it needs. ``download_mb``, ``disk_mb`` and ``minutes``
-    are what its environment took on two cores; without them it is in the project's own environment."""
+    are what its environment took on two cores; without them it is in the project's own environment.
+    ``python`` makes the environment, a path or a command."""
 
     name: str
     version: str
@@ -31,6 +32,7 @@ class Package:
     minutes: int = 0
     pins: Path | None = None
     python_path: Path | None = None
+    python: str = sys.executable
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,13 @@ def install(package: Package, folder: Path, pins: Path, lock: int) -> None:
     (folder / ".complete").unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, pass_fds=(lock,))
+    made = shutil.which(package.python) and subprocess.run(
+        [package.python, "-m", "venv", folder], pass_fds=(lock,), check=False
+    )
+    if not made or made.returncode:
+        raise CannotRun(
+            f"{package.name} wants {package.python}, which does not work here: install it"
+        )
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
     # Compiling everything takes longer than all the rest; imports compile what they need.
     pip += ["--no-compile", "--disable-pip-version-check", "-r", pins]

@@ -130,3 +130,9 @@ def test_only_a_finished_installation_is_marked(
     assert "--no-deps --no-compile" in lines[3]
     environments.in_folder(package, folder, pins)
     assert len(lines) == 4, "it is made once"
+
+
+def test_a_python_that_is_not_there_is_said(pins: Path, tmp_path: Path) -> None:
+    package = environments.Package("p", "1", python="python9.99", pins=pins)
+    with pytest.raises(environments.CannotRun, match=r"p wants python9\.99"):
+        environments.in_folder(package, tmp_path / "p-1", pins)

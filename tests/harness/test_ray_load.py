@@ -1,0 +1,194 @@
+"""Several machines: their slices are the schedule, their clocks become one, a lost one is said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.ray_load import (
+    NodeClock,
+    Offset,
+    best,
+    offer_on_cluster,
+    on_driver_clock,
+    slices,
+)
+from harness.selftest import sinks
+from loadgen.request_record import RequestRecord
+
+SECOND_NS = 10**9
+NANOSECONDS = st.integers(0, 10**15)
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(-(10**12), 10**12),
+    st.lists(st.tuples(NANOSECONDS, st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1),
+)
+def test_the_offset_is_within_its_error_whatever_the_ways_take(
+    offset_ns: int, ways: list[tuple[int, int, int]]
+) -> None:
+    exchanges = [(t, t + there + offset_ns, t + there + back) for t, there, back in ways]
+    found = best(exchanges)
+    assert abs(found.offset_ns - offset_ns) <= found.error_ns
+    assert found.error_ns <= min(there + back + 1 for _, there, back in ways) / 2 + 1
+
+
+@settings(max_examples=25)
+@given(st.integers(-(10**14), 10**14), st.floats(-1e-4, 1e-4), st.floats(0.0, 3600.0))
+def test_an_evenly_drifting_clock_is_mapped_back(offset_ns: int, drift: float, at_s: float) -> None:
+    def theirs(t_ns: int) -> int:
+        return t_ns + offset_ns + round(drift * t_ns)
+
+    ends = [Offset(t, theirs(t) - t, 0) for t in (0, 3600 * SECOND_NS)]
+    clock = NodeClock("n", *ends)
+    t_ns = round(at_s * SECOND_NS)
+    # Its second-order term: the drift over the time that the offset itself is off by.
+    assert abs(clock.to_driver(theirs(t_ns)) - t_ns) <= 3600e9 * drift**2 + 2
+
+
+def test_without_a_second_estimate_the_first_one_holds() -> None:
+    clock = NodeClock("n", Offset(5, 100, 7), None)
+    assert (clock.to_driver(1100), clock.error_ns) == (1000, 7)
+
+
+def test_a_record_keeps_what_did_not_happen() -> None:
+    record = record_of(0, sent_ns=1000)
+    clock = NodeClock("n", Offset(0, 400, 1), Offset(10, 400, 1))
+    mapped = on_driver_clock(record, clock)
+    assert (mapped.sent_ns, mapped.first_token_ns) == (600, None)
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3, 7])
+def test_the_slices_together_are_the_schedule(actors: int) -> None:
+    arrival_s = np.arange(10) / 10
+    bodies = [b"%d" % index for index in range(10)]
+    lengths = np.arange(30).reshape(10, 3)
+    parts = slices(actors, {}, ["http://a"], arrival_s, bodies, lengths, 1.0, 0.0)
+    rows = [
+        (id, float(arrival), body, tuple(length))
+        for part in parts
+        for id, arrival, body, length in zip(
+            part.ids, part.arrival_s, part.bodies, part.lengths.tolist(), strict=True
+        )
+    ]
+    wanted = zip(range(10), arrival_s.tolist(), bodies, map(tuple, lengths.tolist()), strict=True)
+    assert sorted(rows) == list(wanted)
+
+
+def test_what_comes_back_is_the_schedule_on_this_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, load = offered(monkeypatch, lose=None)
+    assert [record.id for record in records] == list(range(6))
+    assert {record.outcome for record in records} == {"completed"}
+    assert all((record.sent_ns or 0) > record.scheduled_ns - 10**7 for record in records)
+    assert load.lost == () and len(load.clocks) == 2
+    # The stand-in's actors have this very clock.
+    assert all(abs(clock.before.offset_ns) <= clock.before.error_ns for clock in load.clocks)
+
+
+def test_a_lost_actor_is_said_and_its_requests_have_no_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records, load = offered(monkeypatch, lose=1)
+    assert [record.id for record in records] == [0, 2, 4]
+    assert load.lost == ("sender 2 of 2 was lost, with all of its records",)
+    assert load.clocks[1].after is None
+
+
+# -- a stand-in for Ray: its actors are threads ----------------------------------------------------
+
+
+class ActorDied(Exception):
+    """What Ray raises of an actor that is gone."""
+
+
+class StandInRay:
+    """Just what offer_on_cluster asks of Ray; the actor number ``lose`` dies when it is to offer."""
+
+    exceptions = SimpleNamespace(RayActorError=ActorDied)
+
+    def __init__(self, lose: int | None) -> None:
+        self.lose = lose
+        self.made = 0
+        self.pool = ThreadPoolExecutor(8)
+
+    def init(self, **arguments: Any) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.pool.shutdown()
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "stand-in")
+
+    def remote(self, **options: Any) -> Callable[[type], Any]:
+        return lambda kind: SimpleNamespace(remote=lambda: self.actor(kind()))
+
+    def actor(self, sender: Any) -> Any:
+        dies = self.made == self.lose
+        self.made += 1
+
+        def die(*arguments: object) -> None:
+            raise ActorDied
+
+        def call(name: str) -> Any:
+            function = die if dies and name == "offer" else getattr(sender, name)
+
+            def remote(*arguments: object) -> Any:
+                future = self.pool.submit(function, *arguments)
+                return SimpleNamespace(future=lambda: future)
+
+            return SimpleNamespace(remote=remote)
+
+        return SimpleNamespace(**{n: call(n) for n in ("node", "clock_ns", "take", "offer")})
+
+
+def offered(monkeypatch: pytest.MonkeyPatch, lose: int | None) -> tuple[list[RequestRecord], Any]:
+    monkeypatch.setitem(sys.modules, "ray", StandInRay(lose))  # type: ignore[arg-type]
+    monkeypatch.setattr("harness.ray_load.EXCHANGES", 5)
+    monkeypatch.setattr("harness.ray_load.START_DELAY_S", 0.05)
+    body = json.dumps({"max_tokens": 2, "prompt": [1], "stream": True}).encode()
+    records: list[RequestRecord] = []
+
+    async def run() -> Any:
+        async with sinks(1.0) as urls:
+            return await offer_on_cluster(
+                "local:2",
+                2,
+                {},
+                [f"{url}/v1/completions" for url in urls],
+                np.arange(6) / 50,
+                [body] * 6,
+                np.full((6, 3), [1, 2, 2]),
+                0.2,
+                records.append,
+                drain_s=5.0,
+            )
+
+    return records, asyncio.run(run())
+
+
+def record_of(id: int, sent_ns: int | None) -> RequestRecord:
+    return RequestRecord(
+        id=id,
+        scheduled_ns=0,
+        sent_ns=sent_ns,
+        first_token_ns=None,
+        last_token_ns=None,
+        prompt_tokens=1,
+        output_tokens_designed=2,
+        max_tokens=2,
+        output_tokens=0,
+        prompt_tokens_reported=None,
+        outcome="unfinished",
+    )

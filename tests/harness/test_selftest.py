@@ -1,0 +1,193 @@
+"""The self-test: what it measures, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.experiment import reach
+from harness.machine_limits import (
+    BeyondThisMachine,
+    MachineLimits,
+    Needs,
+    file,
+    gate,
+    machine,
+    needs_of,
+    save,
+    saved,
+)
+from harness.selftest import (
+    FIRST_RATE,
+    INTERVAL_MS,
+    RAISED,
+    Step,
+    offered,
+    raised,
+    said_of,
+    sinks,
+    step_of,
+)
+from loadgen.records import Run
+from loadgen.request_record import RequestRecord
+from loadgen.workload import fixed
+
+LIMITS = MachineLimits(
+    date="2026-01-02T03:04:05+00:00",
+    machine=machine(),
+    send_lag_p50_ms=0.1,
+    send_lag_p99_ms=0.4,
+    requests_per_s=1000.0,
+    tokens_per_s=64_000.0,
+    sink_late_ms=0.2,
+    sink_bound=False,
+    streams=500,
+    streams_tried=10_000,
+    open_files=1024,
+)
+WITHIN = Needs(requests_per_s=900.0, tokens_per_s=60_000.0, streams=400)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_a_plan_within_reach_is_told_by_what_it_was_held() -> None:
+    line = gate([WITHIN], LIMITS)
+    assert "1000 requests/s" in line and "64000 streamed tokens/s" in line and "2026-01-02" in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "figures"),
+    [
+        ({"requests_per_s": 1100.0}, "1100 requests/s and this machine reached 1000"),
+        ({"tokens_per_s": 70_000.0}, "70000 streamed tokens/s and this machine reached 64000"),
+        ({"streams": 501}, "501 open streams and this machine reached 500"),
+    ],
+)
+def test_a_plan_beyond_reach_is_refused_with_the_figures_and_the_mend(
+    changed: dict[str, Any], figures: str
+) -> None:
+    with pytest.raises(BeyondThisMachine, match=figures) as refused:
+        gate([WITHIN, replace(WITHIN, **changed)], LIMITS)
+    assert "lower the rate" in str(refused.value)
+
+
+def test_several_workers_are_held_to_that_many_times_one() -> None:
+    more = replace(WITHIN, requests_per_s=1900.0)
+    assert gate([more], LIMITS, workers=2)
+    with pytest.raises(BeyondThisMachine, match="reached 2000"):
+        gate([replace(more, requests_per_s=2001.0)], LIMITS, workers=2)
+
+
+def test_streams_that_met_no_limit_are_none() -> None:
+    assert gate([replace(WITHIN, streams=600)], replace(LIMITS, streams=500, streams_tried=500))
+
+
+def test_without_a_self_test_a_line_says_so() -> None:
+    assert "`critrate selftest`" in gate([WITHIN], None)
+
+
+@pytest.mark.parametrize(("rate", "tokens_per_s"), [(5.0, 50.0), (20.0, 100.0)])
+def test_a_server_streams_no_faster_than_its_critical_rate(
+    rate: float, tokens_per_s: float
+) -> None:
+    run = Run(id="000", arrival_rate=rate, horizon_s=1.0, warmup_s=0.0, seed=1)
+    assert needs_of(run, 10.0, 10.0, 7) == Needs(rate, tokens_per_s, 7)
+
+
+def test_an_experiment_asks_before_its_load() -> None:
+    run = Run(id="000", arrival_rate=20.0, horizon_s=10.0, warmup_s=0.0, seed=1)
+    plan: Any = SimpleNamespace(runs=(run,))
+    prediction: Any = SimpleNamespace(critical_rate=SimpleNamespace(value=10.0))
+    workload = fixed(8, 100)
+    assert "nobody has measured" in reach(plan, workload, prediction)
+    save(replace(LIMITS, tokens_per_s=1001.0))
+    assert "1001 streamed tokens/s" in reach(plan, workload, prediction)
+    save(replace(LIMITS, tokens_per_s=999.0))
+    with pytest.raises(BeyondThisMachine, match=r"1000 streamed tokens/s .* reached 999"):
+        reach(plan, workload, prediction)
+
+
+def test_what_was_kept_is_read_on_the_same_machine_alone() -> None:
+    assert saved() is None
+    save(LIMITS)
+    assert saved() == LIMITS
+    save(replace(LIMITS, machine={**LIMITS.machine, "cores": 1000}))
+    assert saved() is None
+    file().write_text("no JSON")
+    assert saved() is None
+
+
+def test_the_sink_streams_what_is_asked_and_counts_it() -> None:
+    async def run() -> tuple[Step, dict[str, Any]]:
+        async with sinks(INTERVAL_MS) as urls:
+            step = await offered(urls, np.arange(10) / 50, 0.2, 6)
+            return step, await said_of(urls[0])
+
+    step, said = asyncio.run(run())
+    assert (step.completed, step.offered) == (10, 10)
+    assert step.rate == pytest.approx(50) and step.tokens_per_s == pytest.approx(300)
+    assert 1 <= step.most_open <= 10
+    assert step.lag_p99_ms > 0 and step.read_lag_p99_ms > 0
+    # Counted anew since it was asked last.
+    assert said["requests"] == 0
+
+
+@pytest.mark.parametrize("limit", [150.0, 400.0])
+def test_the_rate_is_raised_until_it_is_not_reached(
+    limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def tried(urls: object, rate: float, seconds: float) -> Step:
+        lag_ms = 0.1 if rate <= limit else 5.0
+        return Step(rate, lag_ms, lag_ms, 0.0, 10, 10, 64 * rate, 1, 0.0)
+
+    monkeypatch.setattr("harness.selftest.tried", tried)
+    best, last = asyncio.run(raised([], 1.0, 1e6, lambda line: None))
+    assert best.rate <= limit < best.rate * RAISED == last.rate
+
+
+def test_a_machine_too_busy_for_the_first_rate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def tried(urls: object, rate: float, seconds: float) -> Step:
+        return Step(rate, 9.0, 9.0, 0.0, 10, 10, 64 * rate, 1, 0.0)
+
+    monkeypatch.setattr("harness.selftest.tried", tried)
+    with pytest.raises(BeyondThisMachine, match=f"at {FIRST_RATE:.0f} requests/s .* 9.0 ms"):
+        asyncio.run(raised([], 1.0, 1e6, lambda line: None))
+
+
+@pytest.mark.parametrize(
+    ("sent_late_ms", "read_late_ms", "outcome", "reached"),
+    [
+        (0.5, 1.0, "completed", True),
+        (1.5, 1.0, "completed", False),
+        (0.5, 50.0, "completed", False),
+        (0.5, 1.0, "failed", False),
+    ],
+)
+def test_a_load_is_reached_when_it_is_sent_and_read_in_time(
+    sent_late_ms: float, read_late_ms: float, outcome: Any, reached: bool
+) -> None:
+    took_ms = 64 * INTERVAL_MS + read_late_ms
+    record = RequestRecord(
+        id=0,
+        scheduled_ns=0,
+        sent_ns=round(sent_late_ms * 1e6),
+        first_token_ns=1,
+        last_token_ns=round((sent_late_ms + took_ms) * 1e6),
+        prompt_tokens=1,
+        output_tokens_designed=64,
+        max_tokens=64,
+        output_tokens=64,
+        prompt_tokens_reported=1,
+        outcome=outcome,
+    )
+    step = step_of([record], 100.0, 64, [{"open_most": 1, "late_p99_ms": 0.1}])
+    assert step.reached is reached
