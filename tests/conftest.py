@@ -11,5 +11,6 @@ if os.environ.get("CI"):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A mark for tests that want the machine to themselves; `scripts/test` runs them last."""
+    """Marks by which `scripts/test` decides what runs beside what."""
     config.addinivalue_line("markers", "live: keeps time by the clock, with servers and loads")
+    config.addinivalue_line("markers", "waits: waits for processes more than it computes")

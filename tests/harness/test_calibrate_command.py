@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.waits
 
-LAW = {"b0_ms": 6, "b1_us_per_token": 10, "b2_ns_per_kv_token": 500}
+LAW = {"b0_ms": 10, "b1_us_per_token": 10, "b2_ns_per_kv_token": 500}
 CONFIG = {
     "name": "small",
     "claim": "engine",
+    # Three rounds of probes are enough for what is asked here, also on a machine that scatters.
+    "theta": 0.2,
     "server": {
         "mock": {
             "num_blocks": 128,
@@ -79,7 +81,7 @@ def test_a_server_that_lies_about_its_pool_is_seen(folder: Path) -> None:
 
 def test_the_record_holds_the_law_its_test_and_the_checks(folder: Path) -> None:
     record = json.loads((folder / "out" / "calibration.json").read_text())
-    assert record["fit"]["law"]["b0_s"] == pytest.approx(0.006, rel=0.1)
+    assert record["fit"]["law"]["b0_s"] == pytest.approx(0.010, rel=0.1)
     assert 0 <= record["fit"]["lack_of_fit"]["p_value"] <= 1
     counter = next(c for c in record["checks"] if c["source"] == "step counter")
     assert counter["ratio"]["value"] == pytest.approx(1.0, abs=0.03)

@@ -14,6 +14,8 @@ import pytest
 from harness.store import Store
 from tests.harness.program import CONFIG, config_file, critrate, exit_status, mock_pids
 
+pytestmark = pytest.mark.waits
+
 SIGNALS = (signal.SIGKILL, signal.SIGINT)
 
 

@@ -19,6 +19,8 @@ from harness.config import ConfigError, load_config
 from harness.hardware import measured_rates
 from harness.launch import ENVIRONMENTS, LaunchConfig, Place, argv
 
+pytestmark = pytest.mark.waits
+
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = """
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args

@@ -71,8 +71,7 @@ def test_analyse_and_report_work_again_from_the_folder_alone(
     before = json.loads((copy / "verdict.json").read_text())
     for name in ("verdict.json", "report.html", "report.md"):
         (copy / name).unlink()
-    done = critrate("analyse", copy)
-    assert done.returncode == before["exit_code"], done.stdout + done.stderr
+    assert exit_status(monkeypatch, "analyse", copy) == before["exit_code"], capsys.readouterr()
     assert json.loads((copy / "verdict.json").read_text()) == before
     assert exit_status(monkeypatch, "report", copy) == 0
     assert (copy / "report.html").exists() and (copy / "report.md").exists()
@@ -101,7 +100,11 @@ def test_what_befell_a_gpu_stands_under_the_run_that_it_qualifies(
     assert [w[:14] for w in warnings[second] if "GPU" in w] == ["GPU 1 was lost", "GPU 0 counted "]
 
 
-def test_a_finished_folder_is_not_overwritten(finished: tuple[Path, str], tmp_path: Path) -> None:
-    done = critrate("run", config_file(tmp_path), "--out", finished[0])
-    assert done.returncode == 2
-    assert "choose another name" in done.stderr
+def test_a_finished_folder_is_not_overwritten(
+    finished: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_status(monkeypatch, "run", config_file(tmp_path), "--out", finished[0]) == 2
+    assert "choose another name" in capsys.readouterr().err

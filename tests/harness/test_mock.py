@@ -20,7 +20,7 @@ from harness.mock import MockConfig, PacedEngine
 from tests.harness import served
 from tests.harness.served import Talk, events
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.waits
 
 LIMITS = EngineLimits(
     num_blocks=64, block_size=16, max_num_seqs=77, max_num_batched_tokens=613, max_model_len=512
@@ -49,6 +49,14 @@ async def metrics(session: aiohttp.ClientSession) -> dict[str, float]:
             name, value = line.rsplit(" ", 1)
             name = re.sub(r'engine="0",?|model_name="[^"]*",?', "", name).replace(",}", "}")
             found[name.removesuffix("{}")] = float(value)
+    return found
+
+
+async def metrics_when(session: aiohttp.ClientSession, name: str, value: float) -> dict[str, float]:
+    """The metrics once ``name`` has this value; TimeoutError where it never has."""
+    async with asyncio.timeout(5):
+        while (found := await metrics(session))[name] != value:
+            await asyncio.sleep(0.005)
     return found
 
 
@@ -312,15 +320,11 @@ def test_a_disconnect_frees_the_blocks() -> None:
 
         async with session.post("/v1/completions", json=asked(80)) as stays:
             leaving = [await session.post("/v1/completions", json=asked(400)) for _ in range(2)]
-            await asyncio.sleep(0.05)
-            before = await metrics(session)
+            before = await metrics_when(session, "vllm:num_requests_waiting", 1)
             assert before["vllm:num_requests_running"] == 2
-            assert before["vllm:num_requests_waiting"] == 1
             for response in leaving:
                 response.close()
-            await asyncio.sleep(0.05)
-            after = await metrics(session)
-            assert after["vllm:num_requests_running"] == 1
+            after = await metrics_when(session, "vllm:num_requests_running", 1)
             assert after["vllm:num_requests_waiting"] == 0
             assert after['vllm:request_success_total{finished_reason="abort"}'] == 2
             assert 7 / 64 - 1e-9 <= after["vllm:kv_cache_usage_perc"] <= 12 / 64

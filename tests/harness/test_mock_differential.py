@@ -19,8 +19,6 @@ from analysis.step_time import StepTime
 from harness.mock import MockConfig
 from harness.mock_http import serve
 
-pytestmark = pytest.mark.live
-
 LAW = StepTime(b0_s=0.005, b1_s_per_token=1e-5, b2_s_per_kv_token=1e-6, b3_s_per_request=2e-5)
 """Whole nanoseconds for whole tokens, so that float and integer clocks agree."""
 
@@ -174,6 +172,7 @@ def shown_sequence(run: Simulation) -> np.ndarray:
     return np.concatenate(([0], joined[:-1])) - departed
 
 
+@pytest.mark.live
 def test_wall_clock_run_is_the_simulated_run(tmp_path: Path) -> None:
     limits = EngineLimits(num_blocks=40, block_size=16, max_num_seqs=64, max_num_batched_tokens=256)
     rows, scrapes = offered(limits, tmp_path / "steps.jsonl", load=1.1, count=150)
@@ -198,6 +197,7 @@ def test_wall_clock_run_is_the_simulated_run(tmp_path: Path) -> None:
     assert np.mean(agree) >= 0.99
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_replay_is_exact_when_clients_leave(tmp_path: Path, asynchronous: bool) -> None:
     limits = EngineLimits(num_blocks=60, block_size=16, async_scheduling=asynchronous)
@@ -219,6 +219,7 @@ SGLANG = [
 ]
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(("rules", "overlap", "ignore_eos", "declared_more"), SGLANG)
 def test_sglang_on_the_wall_clock_is_sglang_simulated(
     tmp_path: Path, rules: SGLangRules, overlap: bool, ignore_eos: bool, declared_more: int
@@ -234,11 +235,11 @@ def test_sglang_on_the_wall_clock_is_sglang_simulated(
     rows, _ = offered(
         *(limits, tmp_path / "steps.jsonl"),
         load=1.4,
-        count=40,
+        count=60,
         ignore_eos=ignore_eos,
         declared_more=declared_more,
     )
-    assert sum(len(row["submissions"]) for row in rows) == 40
+    assert sum(len(row["submissions"]) for row in rows) == 60
     retracts = rules.schedule_conservativeness < 1
     assert (rows[-1]["preemptions"] > 0) == retracts and max(r["waiting"] for r in rows) > 3
     replay(limits, rows)
@@ -247,6 +248,7 @@ def test_sglang_on_the_wall_clock_is_sglang_simulated(
     assert run.steps.waiting.tolist() == [row["waiting"] for row in rows]
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("overlap", [False, True])
 def test_sglang_replay_is_exact_when_clients_leave(tmp_path: Path, overlap: bool) -> None:
     limits = EngineLimits(

@@ -27,7 +27,7 @@ from loadgen.records import RequestRecord
 from tests.harness import served
 from tests.harness.served import Talk, events
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.waits
 
 LIMITS = EngineLimits(
     num_blocks=1024,
@@ -386,17 +386,22 @@ def test_a_disconnect_frees_the_pages() -> None:
     async def talk(session: aiohttp.ClientSession) -> None:
         body = {"prompt": [1] * 100, "max_tokens": 400, "stream": True, "ignore_eos": True}
         leaving = [await session.post("/v1/completions", json=body) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        async with session.get("/v1/loads?include=core") as response:
-            before = (await response.json())["loads"][0]
-        assert (before["num_running_reqs"], before["num_waiting_reqs"]) == (2, 0)
+        before = {"num_running_reqs": 0}
+        async with asyncio.timeout(5):
+            while before["num_running_reqs"] < 2:
+                async with session.get("/v1/loads?include=core") as response:
+                    before = (await response.json())["loads"][0]
+        assert before["num_waiting_reqs"] == 0
         for response in leaving:
             response.close()
-        await asyncio.sleep(0.05)
-        async with session.get("/metrics") as response:
-            page = await response.text()
-        found = engine_sample(page, 1, 2, MOCK_SGLANG)
-        assert (found.running, found.kv_usage, found.finished) == (0, 0.0, 2)
+        async with asyncio.timeout(5):
+            while True:
+                async with session.get("/metrics") as response:
+                    page = await response.text()
+                found = engine_sample(page, 1, 2, MOCK_SGLANG)
+                if found.running == 0:
+                    break
+        assert (found.kv_usage, found.finished) == (0.0, 2)
         assert "num_aborted_requests_total" in page
 
     with_server(talk)

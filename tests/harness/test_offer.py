@@ -1,21 +1,24 @@
 """How many requests a run may have in flight at once, for so many files must be free; how it ends."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 from rich.console import Console
 
-from analysis.engine import EngineLimits
+from analysis.engine import EngineLimits, EngineSample
 from harness import offer as offers
 from harness.config import ExperimentConfig
 from harness.display import Countdown, Display
 from harness.engines import VLLM
 from harness.gpu import NoGpu
 from harness.gpu_reader import GpuEvent
-from harness.offer import SPARE_IN_FLIGHT, Stage, most_in_flight, offer
+from harness.offer import SPARE_IN_FLIGHT, Stage, most_in_flight, offer, workers_of
 from harness.sampler import SamplerStats, ServerGone
 from harness.server_limits import ServerLimits
 from harness.store import Store
@@ -46,6 +49,42 @@ def test_no_more_are_in_flight_than_are_offered() -> None:
     assert most_in_flight(90, run, 10.0) == 90
 
 
+@pytest.mark.parametrize(
+    ("workers", "url", "rate", "expected"),
+    [
+        # Each request streams 50 tokens.
+        ("auto", "http://a", 200.0, 1),
+        ("auto", "http://a", 201.0, 2),
+        ("auto", "https://a", 201.0, 1),
+        (1, "http://a", 201.0, 1),
+        (3, "http://a", 1.0, 3),
+    ],
+)
+def test_processes_are_as_many_as_stated_or_as_the_tokens_take(
+    workers: Any, url: str, rate: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offers, "usable_cores", lambda: 2)
+    config = ExperimentConfig.model_validate(
+        {
+            "name": "x",
+            "server": {"url": url},
+            "workload": {"fixed": {"prompt": 8, "output": 50}},
+            "load": {"workers": workers},
+        }
+    )
+    target: Any = SimpleNamespace(url=url)
+    stage: Any = SimpleNamespace(config=config, targets=(target,), workload=config.law())
+    assert workers_of(stage, rate) == expected
+
+
+def test_several_processes_do_not_go_with_tls() -> None:
+    server = {"url": "https://a"}
+    workload = {"fixed": {"prompt": 8, "output": 8}}
+    given = {"name": "x", "server": server, "workload": workload, "load": {"workers": 2}}
+    with pytest.raises(ValueError, match="plain HTTP alone"):
+        ExperimentConfig.model_validate(given)
+
+
 def test_what_the_sampler_saw_is_kept_when_the_server_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +109,62 @@ def test_what_the_sampler_saw_is_kept_when_the_server_is_gone(
 
     monkeypatch.setattr(offers, "sample_engine", gone)
     monkeypatch.setattr(offers, "idle", at_once)
+    store = Store.create(tmp_path / "out")
+    with pytest.raises(ServerGone):
+        offered(store, 1)
+    end = store.read_json("runs/00-1.00/end.json")
+    assert end["reason"] == "server gone"
+    assert end["sampler"]["failures"] == 4
+    assert end["sampler"]["gpu_events"] == [
+        {"t_ns": 5, "gpu": 1, "kind": "lost", "text": "GPU is lost"}
+    ]
+
+
+def test_each_of_several_servers_has_a_stream_and_every_other_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls: list[str] = []
+
+    async def seen(*given: Any, **_: Any) -> SamplerStats:
+        _, url, _, _, stop, on_sample = given
+        port = int(url.rpartition(":")[2])
+        on_sample(EngineSample(**{**dict.fromkeys(EngineSample.__slots__, 0), "waiting": port}))
+        await stop.wait()
+        return SamplerStats(
+            ticks=port,
+            missed=0,
+            failures=0,
+            longest_gap_s=0.1,
+            last_failure=None,
+            scrape_p50_ms=1.0,
+            scrape_p99_ms=2.0,
+        )
+
+    @contextlib.asynccontextmanager
+    async def ready(_: Any, __: Any, to: Any, *___: Any, **____: Any) -> AsyncIterator[Any]:
+        urls.extend(to)
+
+        async def load(*_: Any) -> None:
+            await asyncio.sleep(0.01)
+
+        yield load
+
+    async def at_once(*_: Any) -> None:
+        return None
+
+    for name, made in (("sample_engine", seen), ("ready_load", ready), ("idle", at_once)):
+        monkeypatch.setattr(offers, name, made)
+    store = Store.create(tmp_path / "out")
+    offered(store, 2)
+    assert urls == ["http://127.0.0.1:1/v1/completions", "http://127.0.0.1:2/v1/completions"]
+    stored = store.read_run("00-1.00")
+    assert [[sample.waiting for sample in own] for own in stored.by_replica] == [[1], [2]]
+    assert stored.end is not None
+    assert [stats["ticks"] for stats in stored.end["samplers"]] == [1, 2]
+
+
+def offered(store: Store, servers: int) -> None:
+    """Offer a minute's run to servers that nobody answers for."""
     mock = {"num_blocks": 64, "block_size": 16, "step_time": {"b0_ms": 1}}
     config = ExperimentConfig.model_validate(
         {
@@ -90,21 +185,16 @@ def test_what_the_sampler_saw_is_kept_when_the_server_is_gone(
         cache_dtype=None,
     )
     limits = EngineLimits(num_blocks=64, block_size=16)
-    store = Store.create(tmp_path / "out")
     run = Run(id="00-1.00", arrival_rate=5.0, horizon_s=60.0, warmup_s=1.0, seed=1)
 
     async def driven() -> None:
         async with aiohttp.ClientSession() as session:
-            target = Target("http://127.0.0.1:1", VLLM, session, shown, limits, lambda: None)
+            targets = tuple(
+                Target(f"http://127.0.0.1:{port}", VLLM, session, shown, limits, lambda: None)
+                for port in range(1, servers + 1)
+            )
             with Display(Console(quiet=True), quiet=True) as display:
-                stage = Stage(config, target, config.law(), store, display, NoGpu("none"), 5.0)
+                stage = Stage(config, targets, config.law(), store, display, NoGpu("none"), 5.0)
                 await offer(stage, run, "digest", Countdown(60.0))
 
-    with pytest.raises(ServerGone):
-        asyncio.run(driven())
-    end = store.read_json("runs/00-1.00/end.json")
-    assert end["reason"] == "server gone"
-    assert end["sampler"]["failures"] == 4
-    assert end["sampler"]["gpu_events"] == [
-        {"t_ns": 5, "gpu": 1, "kind": "lost", "text": "GPU is lost"}
-    ]
+    asyncio.run(driven())

@@ -27,8 +27,15 @@ def test_the_command_reproduces_the_paper(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def not_simulated(*_: object, **__: object) -> Estimate:
+        raise ValueError("five seconds for the engine's rate, of which nothing is asked here")
+
+    if name != "pd_1_1":
+        monkeypatch.setattr(predict, "simulated_rate", not_simulated)
     assert exit_status(monkeypatch, "predict", PAPER / f"{name}.yaml", "--json") == 0
-    found = json.loads(capsys.readouterr().out)["paper"]
+    both = json.loads(capsys.readouterr().out)
+    assert (both["simulated"] is None) == (name != "pd_1_1")
+    found = both["paper"]
     assert round(found["critical_rate"]["value"], 3) == rate
     assert round(found["kv_demand"]["value"]) == demand
 

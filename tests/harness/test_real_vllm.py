@@ -16,13 +16,16 @@ import yaml
 from harness.launch import ENVIRONMENTS
 
 pytestmark = pytest.mark.live
+INVALID = 13
+TRIES = 2
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "vllm_cpu.yaml"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of configs/vllm_cpu.yaml at two thirds of its speed, two short runs."""
+    """Results of configs/vllm_cpu.yaml at two thirds of its speed, two short runs; once more where
+    the machine was held up and critrate says so."""
     environment = ENVIRONMENTS["vllm-cpu"]
     if environment.variable not in os.environ and not (environment.folder / ".complete").exists():
         missing = "there is no vLLM here: scripts/engine-env vllm-cpu makes its environment"
@@ -35,16 +38,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Three rounds of probes are enough for what is asked here.
     config["theta"] = 0.2
     config["load"] = {"rates": [0.75, 1.4], "horizon_s": 22, "extend": False, "seed": 1}
-    out = tmp_path_factory.mktemp("vllm")
-    (out / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "harness.cli", "run", out / "config.yaml"]
-    done = subprocess.run(
-        [*command, "--out", out / "results"],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    for _ in range(TRIES):
+        out = tmp_path_factory.mktemp("vllm")
+        (out / "config.yaml").write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "harness.cli", "run", out / "config.yaml"]
+        done = subprocess.run(
+            [*command, "--out", out / "results"],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        if done.returncode != INVALID:
+            break
     assert (out / "results" / "verdict.json").exists(), done.stdout + done.stderr
     return out / "results"
 

@@ -19,8 +19,6 @@ from harness.display import Display
 from harness.search_command import search_server
 from harness.store import Store
 
-pytestmark = pytest.mark.live
-
 CONFIG = {
     "name": "small",
     "server": {
@@ -46,6 +44,7 @@ def config_file(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.live
 def test_a_live_search_finds_the_critical_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +68,7 @@ def test_a_live_search_finds_the_critical_rate(
     assert written["stretches"][-1]["end_s"] >= result.duration_s - 0.2
 
 
+@pytest.mark.waits
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [

@@ -22,7 +22,7 @@ from harness.server import (
 )
 from loadgen.client import open_session
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.waits
 
 # Serves 200 at /health after a delay, has a child of its own, and writes both pids down.
 PROGRAM = """

@@ -16,7 +16,7 @@ import pytest
 from analysis.engine import EngineLimits, SGLangRules
 from analysis.step_time import StepTime
 from harness.mock import MockConfig, SGLangSettings
-from loadgen.client import TokenStream
+from loadgen.exchange import TokenStream
 from tests.harness import served
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(

@@ -16,7 +16,7 @@ import pytest
 from harness import sweep as module
 from harness.sweep import ONE_THREAD, SweepError, cluster_option, sweep
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.waits
 
 # Functions for workers, which import them from here.
 
