@@ -138,7 +138,7 @@ def test_what_a_client_sends_is_what_the_sink_has(bench: ModuleType, machine: An
     sent = len(poisson(60.0, 0.5, 7))
     assert row.one_for_one and row.whole == row.arrivals.count == sent
     assert row.send_lag_ms > 0 and row.read_lag_ms > 0
-    assert row.cpu_s_per_million > 0 and row.peak_mb > 10
+    assert row.cpu_s_per_million > 0 and row.peak_mb > 4
     assert 1 <= row.open_most <= sent
 
 
