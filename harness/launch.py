@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from harness.engine_environments import (
+    ENVIRONMENTS,
+    Device,
+    Engine,
+    NoEnvironment,
+    engines_folder,
+)
 from harness.sections import Positive, Section, StepTimeConfig
 from harness.server import ServerFailed
 
@@ -36,58 +42,6 @@ CPU_KV_CACHE_BYTES = "256M"
 KEEP_ALIVE_S = "60"
 """uvicorn closes idle connections after 5 s: a client that was held up for so long would find one that
 it is about to use closed, and the request would fail for no fault of the engine."""
-
-Engine = Literal["vllm", "sglang"]
-Device = Literal["cpu", "gpu"]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineEnvironment:
-    """An environment that `scripts/engine-env` makes."""
-
-    name: str
-    engine: Engine
-    version: str
-    device: Device
-
-    @property
-    def folder(self) -> Path:
-        return engines_folder() / f"{self.name}-{self.version}"
-
-    @property
-    def variable(self) -> str:
-        """Environment variable that names the Python of one's own to use instead."""
-        return f"CRITRATE_ENGINE_{self.name.upper().replace('-', '_')}"
-
-    def python(self) -> Path:
-        """Its Python. Raises ServerFailed with the command that makes it."""
-        if given := os.environ.get(self.variable):
-            if not Path(given).is_file():
-                raise ServerFailed(f"{self.variable}={given} is not a file: give a Python")
-            return Path(given).absolute()
-        if not (self.folder / ".complete").exists():
-            raise ServerFailed(
-                f"server.launch: there is no environment {self.name} in {self.folder}: make it with "
-                f"scripts/engine-env {self.name}"
-            )
-        return self.folder / "bin" / "python"
-
-
-ENVIRONMENTS: Mapping[str, EngineEnvironment] = {
-    e.name: e
-    for e in (
-        EngineEnvironment("vllm-cpu", "vllm", "0.32.0", "cpu"),
-        EngineEnvironment("sglang-cpu", "sglang", "0.5.23", "cpu"),
-        EngineEnvironment("vllm", "vllm", "0.32.0", "gpu"),
-        EngineEnvironment("sglang", "sglang", "0.5.23", "gpu"),
-    )
-}
-
-
-def engines_folder() -> Path:
-    """Where the engines' environments and the tiny models are."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "critrate" / "engines"
 
 
 class LaunchConfig(Section):
@@ -199,7 +153,10 @@ def place(launch: LaunchConfig, port: int, pace_log: Path) -> Place:
             f"server.launch: there is no {ENGINE_SIDE}: run critrate from a checkout"
         )
     if launch.named:
-        python = ENVIRONMENTS[launch.environment].python()
+        try:
+            python = ENVIRONMENTS[launch.environment].python()
+        except NoEnvironment as error:
+            raise ServerFailed(str(error)) from error
     else:
         python = Path(launch.environment)
         if not python.is_file():

@@ -13,10 +13,11 @@ from analysis.engine import EngineLimits
 from analysis.sglang import longest_request
 from harness.config import ConfigError, ExperimentConfig, ServerConfig
 from harness.connection import connect
+from harness.engine_environments import ENVIRONMENTS
 from harness.engines import ENGINES, MOCKS, EngineFacts, mock_argv
 from harness.environment import redacted
 from harness.gpu_choice import VISIBLE
-from harness.launch import ENVIRONMENTS, PACE_LOG, LaunchConfig, argv, place
+from harness.launch import PACE_LOG, LaunchConfig, argv, place
 from harness.limits import read_limits
 from harness.server import Server, attached, free_port, launched
 from harness.server_limits import ServerLimits

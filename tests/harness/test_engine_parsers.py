@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from harness.config import ConfigError, load_config
+from harness.engine_environments import ENVIRONMENTS
 from harness.hardware import measured_rates
-from harness.launch import ENVIRONMENTS, LaunchConfig, Place, argv
+from harness.launch import LaunchConfig, Place, argv
 
 pytestmark = pytest.mark.waits
 

@@ -8,7 +8,8 @@ import pytest
 
 from harness.analyse import _pace
 from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.launch import ENVIRONMENTS, PACE_LOG, LaunchConfig, Place, argv, place
+from harness.engine_environments import ENVIRONMENTS
+from harness.launch import PACE_LOG, LaunchConfig, Place, argv, place
 from harness.server import ServerFailed
 from harness.server_limits import ServerLimits
 from harness.store import Store, StoredRun

@@ -19,10 +19,11 @@ import yaml
 
 from harness import model_access
 from harness.config import ConfigError, ExperimentConfig, load_config
+from harness.engine_environments import ENVIRONMENTS
 from harness.first_hour import bounded, first_verdict
 from harness.gpu import NoGpu, pynvml
 from harness.gpu_reader import Device, GpuReader, OpenedDevice
-from harness.launch import ENVIRONMENTS, TINY_MODELS
+from harness.launch import TINY_MODELS
 from harness.model_access import Access
 from harness.readiness import disk_check, first_run, gpu_checks, node_checks
 
