@@ -7,8 +7,9 @@ block size, its model length, the times of its tokens with a client's jitter, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from analysis.verdict import Verdict
 from analysis.waterfall import Mechanism
 from harness.calibrate import MAX_REPEATS, REPEATS, good_enough
 from harness.config import ExperimentConfig
-from harness.plan import make_plan
+from harness.plan import Plan, StartOption, make_plan
 from harness.predict import narrow_enough, predictions
 from loadgen.arrivals import run_arrivals
 from loadgen.fidelity import fidelity
@@ -35,8 +36,6 @@ from loadgen.workload import Workload
 
 JITTER_S = 0.001
 """Mean of the exponential delay with which a client sees a token."""
-
-
 NOISE_STEPS = 2**16
 """A row of noise is so long before it begins anew."""
 
@@ -83,8 +82,21 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
         narrow_enough(config, workload, shown),
     )
     found = predictions(config, workload, shown, fit, "P1", second_opinion=False)
+    plan = rehearsed_plan(config, found, workload, seed, config.load.start)
+    runs = tuple(offered(server, workload, run) for run in plan.runs)
+    return judge(rehearsed_evidence(config, found, shown, workload, runs))
+
+
+def rehearsed_plan(
+    config: ExperimentConfig,
+    found: Mapping[str, Any],
+    workload: Workload,
+    seed: int,
+    start: StartOption = "empty",
+) -> Plan:
+    """The runs that `critrate run` would make of the predictions ``found``, as of prediction.json."""
     claim = Prediction.from_dict(found["claim"])
-    plan = make_plan(
+    return make_plan(
         claim,
         Prediction.from_dict(found["engine"]),
         workload,
@@ -94,23 +106,32 @@ def rehearse(config: ExperimentConfig, seed: int) -> Verdict:
         theta=config.theta,
         seed=seed,
         prediction_digest="",
-        start=config.load.start,
+        start=start,
         arrivals=config.arrivals(),
     )
-    evidence = Evidence(
+
+
+def rehearsed_evidence(
+    config: ExperimentConfig,
+    found: Mapping[str, Any],
+    shown: EngineLimits,
+    workload: Workload,
+    runs: tuple[MeasuredRun, ...],
+) -> Evidence:
+    """What the verdict of a rehearsal rests on; ``found`` as of prediction.json."""
+    return Evidence(
         name=config.name,
         mode="rehearsal: server and client are simulated",
         theta=config.theta,
-        prediction=claim,
+        prediction=Prediction.from_dict(found["claim"]),
         paper=Prediction.from_dict(found["paper"]),
         engine=Prediction.from_dict(found["engine"]),
         mechanisms=tuple(Mechanism(**m) for m in found["mechanisms"]),
         simulated=None,
         limits=shown,
         workload=workload,
-        runs=tuple(offered(server, workload, run) for run in plan.runs),
+        runs=runs,
     )
-    return judge(evidence)
 
 
 def calibrated(
@@ -157,17 +178,22 @@ def offered(
         step_factors=server.step_factors(run.seed),
         slowdown=None if server.slowdown is None else server.slowdown(run),
     )
-    load = LoadFidelity(
+    load = by_construction(len(arrival_s) / run.horizon_s)
+    if test_load:
+        load = fidelity(run, simulated.records, run.horizon_s, 0)
+    return MeasuredRun(simulated.frames(run), load, overrun=0.0)
+
+
+def by_construction(rate: float) -> LoadFidelity:
+    """Of a simulated load, which is what it claims to be."""
+    return LoadFidelity(
         valid=True,
         checks=(),
-        achieved_rate=len(arrival_s) / run.horizon_s,
+        achieved_rate=rate,
         lag_p50_ms=0.0,
         lag_p99_ms=0.0,
         lag_max_ms=0.0,
     )
-    if test_load:
-        load = fidelity(run, simulated.records, run.horizon_s, 0)
-    return MeasuredRun(simulated.frames(run), load, overrun=0.0)
 
 
 def _probed(probe: Probe, server: SimulatedServer, seed: int) -> list[RequestRecord]:

@@ -8,21 +8,25 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.estimate import Estimate
-from analysis.evidence import Evidence, MeasuredRun
+from analysis.evidence import MeasuredRun
 from analysis.prediction import Prediction
 from analysis.replica_verdict import verdict_of
 from analysis.replicas import replicated, thinned, whole_run
 from analysis.simulate import simulate
 from analysis.step_time import StepTimeFit
 from analysis.verdict import Verdict
-from analysis.waterfall import Mechanism
 from harness.config import ExperimentConfig
-from harness.plan import make_plan
 from harness.predict import narrow_enough
-from harness.rehearsal import SimulatedServer, calibrated
+from harness.rehearsal import (
+    SimulatedServer,
+    by_construction,
+    calibrated,
+    rehearsed_evidence,
+    rehearsed_plan,
+)
 from harness.replicas import bounding, predictions_of_all
 from loadgen.arrivals import run_arrivals
-from loadgen.records import LoadFidelity, Run
+from loadgen.records import Run
 from loadgen.replay import run_lengths
 from loadgen.workload import Workload
 
@@ -45,33 +49,10 @@ def rehearse_replicas(
     found = predictions_of_all(
         config, workload, shown, fits, fits[slow[0]], slow, second_opinion=False
     )
-    claim, paper, engine = (Prediction.from_dict(found[n]) for n in ("claim", "paper", "engine"))
-    plan = make_plan(
-        claim,
-        engine,
-        workload,
-        loads=config.loads(claim.critical_rate.value),
-        horizon_s=config.load.horizon_s,
-        max_horizon_s=config.load.max_horizon_s,
-        theta=config.theta,
-        seed=seed,
-        prediction_digest="",
-        arrivals=config.arrivals(),
-    )
+    plan = rehearsed_plan(config, found, workload, seed)
     runs = [offered_replicas(servers, workload, run) for run in plan.runs]
-    whole = Evidence(
-        name=config.name,
-        mode="rehearsal: server and client are simulated",
-        theta=config.theta,
-        prediction=claim,
-        paper=paper,
-        engine=engine,
-        mechanisms=tuple(Mechanism(**m) for m in found["mechanisms"]),
-        simulated=None,
-        limits=shown,
-        workload=workload,
-        runs=tuple(whole_run(own, run) for own, run in zip(runs, plan.runs, strict=True)),
-    )
+    together = tuple(whole_run(own, run) for own, run in zip(runs, plan.runs, strict=True))
+    whole = rehearsed_evidence(config, found, shown, workload, together)
     each = [
         (
             Prediction.from_dict(one["claim"]),
@@ -91,14 +72,7 @@ def offered_replicas(
     """One run as each server has it: request i goes to number i mod N. Its load is valid."""
     arrival_s, count = run_arrivals(run), len(servers)
     lengths = run_lengths(run, workload, len(arrival_s))
-    load = LoadFidelity(
-        valid=True,
-        checks=(),
-        achieved_rate=len(arrival_s) / run.horizon_s,
-        lag_p50_ms=0.0,
-        lag_p99_ms=0.0,
-        lag_max_ms=0.0,
-    )
+    load = by_construction(len(arrival_s) / run.horizon_s)
     found = []
     for index, server in enumerate(servers):
         simulated = simulate(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "error_rates"
+from tests.scripts.program import script
+
 SMALL = "experiments --n 4 --setting wide --cell 1 --truth 2000 --markdown"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("bench_error_rates", str(SOURCE))
-    spec = importlib.util.spec_from_loader("bench_error_rates", loader)
-    assert spec is not None
-    module = sys.modules["bench_error_rates"] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return script("bench/error_rates")
 
 
 def test_rows_are_kept_and_other_code_does_not_mix_with_them(

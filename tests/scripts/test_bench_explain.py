@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "explain"
+from tests.scripts.program import script
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("bench_explain", str(SOURCE))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return script("bench/explain")
 
 
 def test_the_causes_account_for_nine_tenths_of_the_gap(

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-
-
-def loaded(name: str) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(f"bench_{name}", str(BENCH / name))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+from tests.scripts.program import script
 
 
 def printed(
@@ -30,7 +17,7 @@ def printed(
 ) -> tuple[list[list[str]], list[str]]:
     """The rows of the table, and the lines below it."""
     pytest.importorskip("numba", reason="the runs take a minute without the compiled engine")
-    bench = loaded(name)
+    bench = script(f"bench/{name}")
     monkeypatch.setattr(bench, "sweep", lambda function, jobs, cluster: map(function, jobs))
     monkeypatch.setattr(sys, "argv", [name, "--markdown", *arguments])
     bench.main()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 from loadgen.arrivals import evenly_spaced, poisson
+from tests.scripts.program import script
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
@@ -22,12 +21,8 @@ BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     sys.path.insert(0, str(BENCH))
-    loader = importlib.machinery.SourceFileLoader("bench_loadgen", str(BENCH / "loadgen"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
     try:
-        loader.exec_module(module)
+        module = script("bench/loadgen")
     finally:
         sys.path.remove(str(BENCH))
     return module

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "peers"
+from tests.scripts.program import script
 
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("bench_peers", str(SOURCE))
-    spec = importlib.util.spec_from_loader("bench_peers", loader)
-    assert spec is not None
-    module = sys.modules["bench_peers"] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return script("bench/peers")
 
 
 def number(cell: str) -> float:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "replicas"
+from tests.scripts.program import script
 
 
 def test_all_serve_as_many_times_what_the_slowest_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loader = importlib.machinery.SourceFileLoader("bench_replicas", str(SOURCE))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    bench = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(bench)
+    bench = script("bench/replicas")
     monkeypatch.setattr(bench, "sweep", lambda function, jobs, cluster: map(function, jobs))
     monkeypatch.setattr("harness.error_rates.TRUTH_SEEDS", 2)
     unlike = "two, one 15 % slower"

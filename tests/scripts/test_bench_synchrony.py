@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from harness.congestion_truth import Grown, closed_forms
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def script(path: str) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(path.replace("/", "_"), str(SCRIPTS / path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+from tests.scripts.program import script
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,6 +15,7 @@ from harness.config import load_config
 from harness.plan import make_plan
 from harness.predict import claimed
 from harness.target import require_fitting
+from tests.scripts import program
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {path.stem: path for path in (ROOT / "configs" / "experiments").glob("*.yaml")}
@@ -28,13 +27,7 @@ LARGE = ("vllm_paper_1_1", "vllm_paper_2_1", "vllm_paper_1_2")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    source = ROOT / "scripts" / "experiments"
-    loader = importlib.machinery.SourceFileLoader("experiments", str(source))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return program.script("experiments")
 
 
 def test_every_config_is_a_row_and_its_claim_is_fixed(script: ModuleType) -> None:
