@@ -86,7 +86,8 @@ class Waves:
         crests = crests[(crests >= low) & (crests <= high)]
         if not len(crests):
             return low + int(np.argmax(found[low : high + 1]))
-        return int(crests[found[crests] >= ALIKE * found[crests].max()][0])
+        highest = float(found[crests].max())
+        return int(crests[found[crests] >= min(ALIKE * highest, highest)][0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,3 +184,23 @@ def test_a_run_of_wide_lengths_says_nothing_of_waves_but_in_its_table(
     assert not any("waves" in line for line in summary_lines(verdict))
     assert "| 00 | not synchronised |" in report_md(verdict, CONTEXT)
     assert wave_figures(verdict, measured, monkeypatch) == []
+
+
+def test_a_period_is_found_where_no_lag_correlates() -> None:
+    """Completions that avoid one another: the least negative crest, not an error."""
+    lags = np.arange(3 * 160)
+    correlation = np.where(lags == 0, 1.0, -0.3 - 0.1 * np.cos(lags / 9))
+    waves = Waves(
+        start_s=0.0,
+        interval_s=1 / 64,
+        rate=np.zeros(1000),
+        width=2.0,
+        correlation=correlation,
+        residence_s=1.0,
+        residences=1000 / 64,
+        by_chance=0.1,
+        swing=0.2,
+        swing_by_chance=0.1,
+    )
+    assert 48 <= waves.period <= 160
+    assert correlation[waves.period] == pytest.approx(-0.2, abs=0.01)
