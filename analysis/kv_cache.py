@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from analysis.model_shape import LayerKind, ModelShape
+from loadgen.mendable import Mendable
 
 VALUE_BYTES = {
     "fp8": 1,
@@ -24,7 +25,7 @@ VALUE_BYTES = {
 }
 
 
-class ImpossibleCache(ValueError):
+class ImpossibleCache(Mendable):
     """A layout or a budget that no engine would start with."""
 
 

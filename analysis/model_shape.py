@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, Literal, TypeVar
 
+from loadgen.mendable import Mendable
+
 LayerKind = Literal["full", "sliding", "chunked"]
 
 NESTED = ("text_config", "llm_config", "language_config")
@@ -71,7 +73,7 @@ JSON_TYPES = {bool: "true or false", str: "a text", list: "a list", dict: "an ob
 JsonT = TypeVar("JsonT", bool, str, list[Any], dict[str, Any])
 
 
-class UnknownShape(ValueError):
+class UnknownShape(Mendable):
     """A config whose KV cache is not told by its keys, or not counted here."""
 
 

@@ -1,183 +1,136 @@
-"""The command line: each command is a few lines around one stage."""
+"""The command line: each command is a module around one stage, imported when it is asked for."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import sys
-from datetime import datetime
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
-from analysis.kv_cache import ImpossibleCache
-from analysis.model_shape import UnknownShape
-from analysis.prediction import Claim
-from analysis.replica_verdict import verdict_of
-from analysis.summary import summary
-from harness.analyse import analyse, load_evidence, write_report
-from harness.calibrate_command import calibrate_command
-from harness.change_line import to_raise_it
-from harness.config import ConfigError, load_config, load_mock_config
-from harness.display import Display
-from harness.engines import MissingMetric
-from harness.experiment import run_experiment
-from harness.explain_command import explain_command
-from harness.hardware import measured_rates
-from harness.headroom_command import headroom_command
-from harness.interrupts import until_terminated
-from harness.kv_cache_command import kv_cache_command
-from harness.machine_limits import BeyondThisMachine
-from harness.offline import stated
-from harness.plan import HorizonTooShort
-from harness.predict import offline_predictions
-from harness.prober import CalibrationFailed
-from harness.sampler import ServerGone
-from harness.search_command import search_command
-from harness.selftest_command import selftest_command
-from harness.server import ServerFailed
-from harness.server_limits import LimitsUnreadable
-from harness.slo_command import slo_command
-from harness.store import Store, StoreError, missing
-from harness.streams import finite
-from loadgen.drive import TooFewFileDescriptors
-from loadgen.workers import WorkerFailed
+from loadgen.mendable import Mendable
 
+USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Predict the critical request rate of an LLM server, drive it there, and judge.",
 )
-USAGE_ERRORS = (
-    ConfigError,
-    StoreError,
-    ServerFailed,
-    LimitsUnreadable,
-    MissingMetric,
-    CalibrationFailed,
-    TooFewFileDescriptors,
-    WorkerFailed,
-    BeyondThisMachine,
-    ServerGone,
-    HorizonTooShort,
-    UnknownShape,
-    ImpossibleCache,
-)
-USAGE_EXIT, INTERRUPT_EXIT = 2, 130
-ConfigPath = Annotated[Path, typer.Argument(help="the experiment's YAML")]
-Folder = Annotated[Path, typer.Argument(help="a results folder")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON only")]
 
 
-@app.command()
-def run(
-    config: ConfigPath,
-    out: Annotated[Path | None, typer.Option(help="results folder to write")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="stop before the load")] = False,
-    seed: Annotated[int | None, typer.Option(help="overrides load.seed")] = None,
-    as_json: Json = False,
-) -> None:
-    """Predict, drive, sample, fit and judge. Exit status: 0 confirmed, 10 refuted, 11 inconclusive,
-    12 premise violated, 13 invalid, 2 usage, 130 interrupted."""
-    settings = load_config(config)
-    if seed is not None:
-        settings = settings.model_copy(
-            update={"load": settings.load.model_copy(update={"seed": seed})}
-        )
-    store = Store.create(out or _new_folder(settings.name))
-    console = Console(stderr=as_json)
-    with Display(console, quiet=as_json) as display:
-        try:
-            verdict = asyncio.run(until_terminated(run_experiment(settings, store, display, plan)))
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            raise typer.Exit(INTERRUPT_EXIT) from None
-    if verdict is None:
-        return
-    if as_json:
-        print(json.dumps(finite(verdict.to_dict()), default=list))
-    else:
-        console.print(summary(verdict, to_raise_it(store)), highlight=False, soft_wrap=True)
-        console.print(f"report      {store.path / 'report.html'}", highlight=False, soft_wrap=True)
-    raise typer.Exit(verdict.exit_code)
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: the module that has it (its function is ``<name>_command``), and its help."""
+
+    module: str
+    line: str
+    """What it does, in the list of the commands."""
+    examples: tuple[str, ...]
 
 
-@app.command()
-def predict(
-    config: ConfigPath,
-    probe: Annotated[
-        Path | None, typer.Option(help="what scripts/gpu-bandwidth wrote, not the data sheet")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """The critical rate from what the config states (limits, and step_time or hardware), without any
-    server."""
-    measured = None if probe is None else measured_rates(probe)
-    rows = offline_predictions(stated(load_config(config)), measured)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    console = Console()
-    for name, text in rows["summary"].items():
-        console.print(f"{name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
+COMMANDS = {
+    "run": Command(
+        "run_command",
+        "Predict, drive, sample, fit and judge.",
+        ("critrate run configs/mock.yaml", "critrate run configs/vllm_cpu.yaml --plan"),
+    ),
+    "predict": Command(
+        "predict_command",
+        "The critical rate from what a config states, without any server.",
+        (
+            "critrate predict configs/h100_llama3_8b_vllm.yaml",
+            "critrate predict configs/a100_llama3_8b_vllm.yaml --json",
+        ),
+    ),
+    "search": Command(
+        "search_command",
+        "Find the critical rate of an unknown server, in the least time.",
+        ("critrate search configs/mock.yaml", "critrate search configs/mock.yaml --precision 0.01"),
+    ),
+    "calibrate": Command(
+        "calibrate_command",
+        "The pool and the step time of a server from small batches.",
+        ("critrate calibrate configs/mock.yaml",),
+    ),
+    "analyse": Command(
+        "analyse_command",
+        "Judge a results folder again, from its files alone.",
+        ("critrate analyse results/FOLDER", "critrate analyse results/FOLDER --claim paper"),
+    ),
+    "report": Command(
+        "analyse_command",
+        "Write report.html and report.md of a results folder again.",
+        ("critrate report results/FOLDER",),
+    ),
+    "explain": Command(
+        "explain_command",
+        "Split measured over the paper's rate into its causes.",
+        ("critrate explain results/FOLDER",),
+    ),
+    "slo": Command(
+        "slo_command",
+        "The largest share of the critical rate at which a target for the first token holds.",
+        ("critrate slo results/FOLDER --ttft 0.5 --quantile 0.95",),
+    ),
+    "headroom": Command(
+        "headroom_command",
+        "How far a serving engine is from its critical rate, from its metrics alone.",
+        ("critrate headroom http://127.0.0.1:8000 --minutes 10",),
+    ),
+    "history": Command(
+        "history_command",
+        "List, draw and compare finished experiments of a history file.",
+        (
+            "critrate history results/history.sqlite --plot rates.svg",
+            "critrate history results/history.sqlite --add results/FOLDER",
+            "critrate history results/history.sqlite --compare 3 7",
+        ),
+    ),
+    "kv-cache": Command(
+        "kv_cache_command",
+        "Bytes of KV cache per token and request, and what memory holds.",
+        ("critrate kv-cache", "critrate kv-cache config.json --memory 60GiB --tp 2"),
+    ),
+    "selftest": Command(
+        "selftest_command",
+        "Measure how many requests, tokens and streams this machine can take in.",
+        ("critrate selftest",),
+    ),
+    "mock": Command(
+        "mock_command",
+        "A server that speaks the dialect of vLLM, or SGLang, without a GPU.",
+        ("critrate mock configs/mock.yaml --port 8000",),
+    ),
+}
 
 
-@app.command("analyse")
-def analyse_folder(
-    folder: Folder,
-    claim: Annotated[
-        Claim | None,
-        typer.Option(help="ask the same records about this claim; nothing is written"),
-    ] = None,
-) -> None:
-    """Judge a results folder again, from its files alone."""
-    store = Store.open(folder)
-    console = Console()
-    if claim is None:
-        verdict = analyse(store)
-    else:
-        verdict = verdict_of(load_evidence(store, claim))
-        console.print("asked       of these records; the claim under test is that of the config")
-    console.print(summary(verdict, to_raise_it(store)), highlight=False, soft_wrap=True)
-    for sentence in missing(store.path):
-        console.print(f"missing     {sentence}", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(verdict.exit_code)
+def command_of(name: str) -> Any:
+    """The command itself, with all that it imports."""
+    command = COMMANDS[name]
+    module = import_module(f"harness.{command.module}")
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    examples = "\n\n".join(["Examples:", *(f"  {line}" for line in command.examples)])
+    alone.command(name, epilog=examples)(getattr(module, f"{name.replace('-', '_')}_command"))
+    return typer.main.get_command(alone)
 
 
-@app.command()
-def report(folder: Folder) -> None:
-    """Write report.html and report.md of a results folder again."""
-    store = Store.open(folder)
-    evidence = load_evidence(store)
-    write_report(store, evidence, verdict_of(evidence))
-    print(store.path / "report.html")
+class _Later(TyperCommand):
+    """Stands in the list of commands for one that is not imported yet."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        return command_of(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
-@app.command()
-def mock(
-    config: Annotated[Path, typer.Argument(help="YAML with the mock server's parameters")],
-    port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
-    step_log: Annotated[Path | None, typer.Option(help="write every step here")] = None,
-) -> None:
-    """A server that speaks the dialect of vLLM, or SGLang, around a model of its scheduler."""
-    from harness.mock_http import run_mock
-
-    run_mock(load_mock_config(config).server(port, step_log))
+def _nothing() -> None: ...
 
 
-app.command("kv-cache")(kv_cache_command)
-app.command("calibrate")(calibrate_command)
-app.command("search")(search_command)
-app.command("explain")(explain_command)
-app.command("headroom")(headroom_command)
-app.command("slo")(slo_command)
-app.command("selftest")(selftest_command)
-
-
-def _new_folder(name: str) -> Path:
-    return Path("results") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+for _name, _command in COMMANDS.items():
+    app.command(_name, cls=_Later, help=_command.line)(_nothing)
 
 
 def main() -> None:
@@ -186,7 +139,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPT_EXIT)
-    except USAGE_ERRORS as error:
+    except Mendable as error:
         console = Console(stderr=True)
         console.print("error ", style="red", end=" ")
         console.print(str(error), highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from loadgen.mendable import Mendable
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
@@ -148,7 +150,7 @@ MOCKS: Mapping[str, EngineFacts] = {facts.dialect: facts for facts in (MOCK, MOC
 """The mock of an engine, by the engine's name."""
 
 
-class MissingMetric(Exception):
+class MissingMetric(Mendable):
     """The server's metrics lack a quantity that the measurement needs, or show no finite value."""
 
     def __init__(self, name: str, facts: EngineFacts, version: str | None = None) -> None:

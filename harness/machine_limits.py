@@ -12,10 +12,11 @@ from typing import Any
 
 from harness import __version__
 from harness.environment import cpu_facts
+from loadgen.mendable import Mendable
 from loadgen.records import Run
 
 
-class BeyondThisMachine(RuntimeError):
+class BeyondThisMachine(Mendable):
     """A plan asks for more than this machine's generator can offer; the message has both figures."""
 
 

@@ -19,6 +19,7 @@ from analysis.growth import (
 from analysis.prediction import Prediction
 from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
 from harness.sections import ConfigError
+from loadgen.mendable import Mendable
 from loadgen.processes import POISSON, Process, Replay, dispersion, period_s
 from loadgen.prompts import label_tokens
 from loadgen.records import Run, Start
@@ -38,7 +39,7 @@ GROWTH_POWER = 0.95
 STABILITY_POWER = 0.995
 
 
-class HorizonTooShort(ValueError):
+class HorizonTooShort(Mendable):
     """Nothing could be measured within the horizon; the message says which one is needed."""
 
 

@@ -17,6 +17,7 @@ from analysis.probes import Probe
 from harness.engines import EngineFacts
 from harness.step_sources import SourceReading, read_sources, told_between
 from loadgen.client import complete
+from loadgen.mendable import Mendable
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import RequestRecord
 
@@ -26,7 +27,7 @@ PROBE_TIMEOUT_S = 120.0
 IDLE_TIMEOUT_S = 60.0
 
 
-class CalibrationFailed(Exception):
+class CalibrationFailed(Mendable):
     """The probes did not give what a step-time law needs; the message says which and why."""
 
 

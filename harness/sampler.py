@@ -18,6 +18,7 @@ from harness.engines import EngineFacts
 from harness.gpu import in_daemon
 from harness.gpu_reader import GpuEvent, GpuReader, GpuSample, Reading
 from harness.server import answered
+from loadgen.mendable import Mendable
 
 GONE_FAILURES = 3
 """A server counts as gone after this many failures in a row, and not before ``gone_after_s``."""
@@ -50,7 +51,7 @@ class SamplerStats:
     """Why the GPU stream ended early."""
 
 
-class ServerGone(Exception):
+class ServerGone(Mendable):
     """The server stopped answering. ``stats`` are those of the sampler until then."""
 
     def __init__(self, url: str, gap_s: float, stats: SamplerStats) -> None:

@@ -8,11 +8,12 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from analysis.step_time import StepTime
+from loadgen.mendable import Mendable
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class ConfigError(Exception):
+class ConfigError(Mendable):
     """The config cannot be used; the message names the key and the mend."""
 
 

@@ -18,13 +18,15 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from loadgen.mendable import Mendable
+
 POLL_S = 0.05
 WANTS_KEY = (401, 403)
 GRACE_S = 10.0
 LOG_TAIL_LINES = 20
 
 
-class ServerFailed(Exception):
+class ServerFailed(Mendable):
     """The server could not be started or reached; the message ends with the tail of its log."""
 
 

@@ -10,9 +10,10 @@ import aiohttp
 
 from analysis.engine import SGLangRules
 from harness.server import WANTS_KEY, answered
+from loadgen.mendable import Mendable
 
 
-class LimitsUnreadable(Exception):
+class LimitsUnreadable(Mendable):
     """The server does not show a limit that the prediction needs, or one that it cannot predict."""
 
 

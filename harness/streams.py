@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from loadgen.mendable import Mendable
+
 T = TypeVar("T")
 KEPT = ".parquet"
 """Suffix of the file that evidence keeps of a stream."""
 
 
-class StoreError(Exception):
+class StoreError(Mendable):
     """The results folder cannot be used as asked; the message says what to do."""
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 
+from loadgen.mendable import Mendable
+
 SPARE_FILE_DESCRIPTORS = 128
 """For everything but the requests: files, the event loop, the sampler's connections."""
 
 
-class TooFewFileDescriptors(RuntimeError):
+class TooFewFileDescriptors(Mendable):
     """The load would need more open files than the system allows; the message says how to raise it."""
 
 

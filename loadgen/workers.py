@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from loadgen.arrivals import schedule_ns
 from loadgen.drive import drive, is_plain, require_schedule
 from loadgen.load import PROGRESS_INTERVAL_S, Progress
+from loadgen.mendable import Mendable
 from loadgen.pacing import SECOND_NS
 from loadgen.request_record import RequestRecord
 from loadgen.worker import FIELDS, LENGTH, START, Frame, Slice
@@ -35,7 +36,7 @@ WORKER_TOKENS_PER_S = 40_000.0
 """About half of what one worker reads on one core (scripts/bench/loadgen)."""
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(Mendable):
     """A worker did not become ready; the message has its last words."""
 
 
