@@ -95,7 +95,9 @@ class ReplayConfig(Section):
             raise ConfigError(f"load.arrivals: {error}") from error
 
 
-ArrivalsConfig = Annotated[
-    PoissonConfig | GapsConfig | OnOffConfig | PiecewiseConfig | SinusoidalConfig | ReplayConfig,
+LawConfig = Annotated[
+    PoissonConfig | GapsConfig | OnOffConfig | PiecewiseConfig | SinusoidalConfig,
     Field(discriminator="kind"),
 ]
+"""What needs no file."""
+ArrivalsConfig = Annotated[LawConfig | ReplayConfig, Field(discriminator="kind")]

@@ -27,6 +27,7 @@ from analysis.simulate import simulate
 from analysis.step_time import StepTime, exact_step_time
 from harness.hypotheses_of_slots import h6, h7
 from harness.hypothesis_config import EngineConfig, HypothesisConfig
+from harness.hypothesis_of_arrivals import h9
 from harness.hypothesis_verdict import ANYWHERE, Part, Verdict, over_seeds
 from harness.rehearsal import SimulatedServer, offered
 from harness.theory import slot_run
@@ -302,5 +303,6 @@ TESTS: dict[str, Callable[[HypothesisConfig], Verdict]] = {
     "H6": h6,
     "H7": h7,
     "H8": h8,
+    "H9": h9,
     "H10": h10,
 }

@@ -17,7 +17,6 @@ from harness.predict import prefill_chunk
 
 NOT_RUN = "not run"
 CLAIMS: tuple[Claim, Claim] = ("paper", "engine")
-H9 = "Burstier or evener arrivals (CV 0, 1, 3) leave the threshold where it is; only the queue changes."
 REAL: dict[str, tuple[str, ...]] = {
     "H1": ("vllm_uniform_1_1", "vllm_uniform_2_1", "vllm_uniform_1_2", "sglang_uniform"),
     "H5": ("vllm_fixed_64_64", "vllm_fixed_16_256", "sglang_fixed"),
@@ -56,7 +55,7 @@ def page(
     for number in range(1, 11):
         name = f"H{number}"
         config, verdict = said.get(name), simulated.get(name)
-        says = config.says if config is not None else H9
+        says = "-" if config is None else config.says
         outcome = NOT_RUN if verdict is None else f"**{verdict.outcome}**"
         lines.append(f"| {name} | {says} | {outcome} | {_decisive(verdict)} |")
     lines += [REAL_HEAD, "| | row | verdict | decided by |", "|---|---|---|---|"]

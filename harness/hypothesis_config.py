@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from analysis.engine import EngineLimits
+from harness.arrivals_config import LawConfig
 from harness.sections import ConfigError, Positive, Section, StepTimeConfig
 from harness.theory_config import SlotCase
 from harness.workload_config import WorkloadConfig
@@ -50,6 +51,8 @@ class HypothesisConfig(Section):
     slot_cases: tuple[SlotCase, ...] = ()
     pools: tuple[Positive, ...] = ()
     """Sizes of the pool in tokens, for a hypothesis that varies it."""
+    arrivals: tuple[LawConfig, ...] = ()
+    """Laws of arrivals beside the Poisson process, for a hypothesis that varies them."""
     factors: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Of a ceiling over where it should cross the KV cache, for a hypothesis that varies it."""
 

@@ -77,7 +77,8 @@ def test_the_page_is_what_the_results_say() -> None:
 
 
 def test_small_runs_end_as_the_theory_says() -> None:
-    """H7's fixed lengths: a cap at x* evicts nobody. H10: the engine's g is what a request holds."""
+    """H7's fixed lengths: a cap at x* evicts nobody. H9: bursts leave the critical rate alone and lengthen
+    the queue. H10: the engine's g is what a request holds."""
     pytest.importorskip("numba")
     by_name = {path.stem: load_hypothesis(path) for path in CONFIGS}
     seven = by_name["h7"]
@@ -98,3 +99,9 @@ def test_small_runs_end_as_the_theory_says() -> None:
     }
     ours, papers = parts.values()
     assert ours == pytest.approx(1.0, abs=0.01) and papers < 0.95
+    nine = by_name["h9"]
+    assert nine.engine is not None
+    engine = nine.engine.model_copy(update={"requests": 3000, "seeds": 3})
+    bursts = nine.model_copy(update={"engine": engine, "arrivals": nine.arrivals[1:2]})
+    critical, _, _, queue = (p.estimate.value for p in TESTS["H9"](bursts).parts)
+    assert critical == pytest.approx(1.0, abs=0.01) and queue > 3
