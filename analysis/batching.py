@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import poisson
+from scipy.special import gammaln, xlogy
 
 UNBOUNDED = 1 << 62
 
@@ -172,7 +172,8 @@ def _decoding_share(
     batch = min(limits.budget, limits.most)
     sizes = np.minimum(np.arange(most), together)
     lasts = np.array([step_time(int(k) * prefill if k else batch) for k in range(together + 1)])
-    new = np.asarray(poisson.pmf(np.arange(most), rate * lasts[:, None]))
+    count, mean = np.arange(most), rate * lasts[:, None]
+    new = np.exp(xlogy(count, mean) - gammaln(count + 1) - mean)
     step = np.zeros((most, most))
     for waiting, size in enumerate(sizes):
         left = waiting - size

@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t
-
 from analysis.estimate import Estimate, ratio
 from analysis.frames import RunFrames
 from analysis.growth import DRIFT_BATCHES, why_no_slope
 from analysis.long_run import Stretch, long_run_mean
+from analysis.quantiles import student_quantile
 from analysis.verdict import Check, RunJudgement, RunVerdict
 
 LEVEL = 0.99
@@ -135,8 +134,10 @@ def _compared(empty: RunJudgement, full: RunJudgement, served: Estimate | None) 
 
 def _wider(drift: Estimate) -> Estimate:
     """A drift with the interval of `LEVEL`: Student's, of as few batches as it was taken from."""
-    now, then = (t.ppf(0.5 + level / 2, DRIFT_BATCHES - 1) for level in (LEVEL, drift.level))
-    half = drift.half_width * float(now / then)
+    now, then = (
+        student_quantile(0.5 + level / 2, DRIFT_BATCHES - 1) for level in (LEVEL, drift.level)
+    )
+    half = drift.half_width * now / then
     method = f"{drift.method}, widened to {100 * LEVEL:.0f} %"
     return Estimate(drift.value, drift.value - half, drift.value + half, LEVEL, "req/s", method)
 

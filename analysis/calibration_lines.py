@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, t
 
 from analysis.estimate import Estimate
 from analysis.formatting import estimate_text, grouped, percent, plain, value_text
 from analysis.lack_of_fit import FALSE_ALARM
+from analysis.quantiles import normal_quantile, student_quantile
 
 POOL_TOLERANCE = 0.02
 """Shown and implied pool differ where the implied interval stays this far away from what is shown."""
@@ -85,7 +85,7 @@ def saturated_text(record: Mapping[str, Any]) -> str:
 def standard_errors(fit: Mapping[str, Any]) -> list[float]:
     """Of b0..b3, in seconds per unit, the widening for few degrees of freedom taken out."""
     dof = fit["interval_dof"]
-    wider = float(t.ppf(0.975, dof) / norm.ppf(0.975)) if dof else 1.0
+    wider = student_quantile(0.975, dof) / normal_quantile(0.975) if dof else 1.0
     diagonal = np.diag(np.asarray(fit["covariance"], dtype=float)).clip(min=0.0)
     return [float(e) for e in np.sqrt(diagonal) / wider]
 

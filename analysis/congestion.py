@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from analysis.spectrum import largest_root, survival_weights
 
@@ -138,7 +138,7 @@ def bell(mean: float, cv: float) -> tuple[Ints, Floats]:
     """
     spread = mean * cv
     lengths = np.arange(max(1, int(mean - 4 * spread)), int(mean + 4 * spread) + 2)
-    shares = np.diff(norm.cdf([*(lengths - 0.5), lengths[-1] + 0.5], mean, spread))
+    shares = np.diff(ndtr((np.append(lengths - 0.5, lengths[-1] + 0.5) - mean) / spread))
     return lengths, shares / shares.sum()
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
 
 from analysis.estimate import Estimate
 from analysis.formatting import estimate_text, interval_text, percent, seconds, value_text
 from analysis.probe_readings import ProbeResult
+from analysis.quantiles import student_quantile
 from analysis.step_time import StepObservation, StepTimeFit
 
 TOLERANCE = 0.01
@@ -107,7 +107,7 @@ def _interval(
     if dof < 1:
         return Estimate(value, -np.inf, np.inf, 0.95, "", "a single probe: no scatter known")
     each = float(values.std(ddof=1)) if spread is None else spread
-    half = float(t.ppf(1 - 0.025 / tests, dof) * each / np.sqrt(len(values)))
+    half = student_quantile(1 - 0.025 / tests, dof) * each / np.sqrt(len(values))
     return Estimate(value, value - half, value + half, 0.95, "", f"mean of {len(values)} probes")
 
 

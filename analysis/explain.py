@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from analysis.audit import binding_resource
 from analysis.capacity import kv_work
@@ -27,6 +26,7 @@ from analysis.estimate import Estimate, ratio
 from analysis.evidence import Evidence
 from analysis.explain_walk import NO_EFFECT, Walk
 from analysis.long_run import long_run_mean
+from analysis.quantiles import normal_quantile
 from analysis.run_verdict import Capacity, capacity
 from analysis.step_time import StepTimeFit
 from analysis.verdict import Verdict
@@ -154,7 +154,7 @@ def share_of(left: Estimate, gap: Estimate) -> Estimate:
     """
     u, g = math.log(left.value), math.log(gap.value)
     errors = [e.standard_error / e.value for e in (left, gap)]
-    spread = float(norm.ppf(0.975)) * math.hypot(errors[0] / g, u / g * errors[1] / g)
+    spread = normal_quantile(0.975) * math.hypot(errors[0] / g, u / g * errors[1] / g)
     low, high = u / g - spread, u / g + spread
     least = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
     most = max(abs(low), abs(high))

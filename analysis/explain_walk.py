@@ -14,7 +14,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t
 
 from analysis.estimate import Estimate
 from analysis.evidence import Evidence, work_demand
@@ -25,6 +24,7 @@ from analysis.operating_point import (
     forms_cohorts,
     paper_point,
 )
+from analysis.quantiles import normal_quantile, student_quantile
 from analysis.run_verdict import Capacity, independent_batches
 from analysis.step_time import StepTimeFit
 from analysis.waterfall import Counting, countings, steps_and_sums
@@ -162,7 +162,7 @@ class Walk:
         names, logs = self._logs(self.totals)
         each = np.array([self._logs(self._sum(np.arange(count) != i))[1] for i in range(count)])
         by_chance = (count - 1) / count * ((each - each.mean(axis=0)) ** 2).sum(axis=0)
-        wider = float(t.ppf(0.975, count - len(self.books))) / float(norm.ppf(0.975))
+        wider = student_quantile(0.975, count - len(self.books)) / normal_quantile(0.975)
         error = np.sqrt(by_chance * wider**2 + (self._moves() ** 2).sum(axis=1))
         found = {
             name: Estimate.log_normal(math.exp(log), e if e > NO_EFFECT else 0.0, "", "")

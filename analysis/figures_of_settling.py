@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from analysis.figure_style import INK, MEASURED, MUTED, SHADE, WIDTH_IN, draw, label_ends, thin
 from analysis.formatting import load_label
 from analysis.frames import RunFrames
+from analysis.quantiles import normal_density, normal_quantile
 from analysis.settling import Settling
 
 WITHIN = 0.95
@@ -26,7 +27,7 @@ def queue_at_critical(frames: RunFrames, settling: Settling) -> str:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        reach = float(norm.ppf(0.5 + WITHIN / 2))
+        reach = normal_quantile(0.5 + WITHIN / 2)
         axes.fill_between(t, 0.0, reach * wander, color=SHADE, linewidth=0)
         axes.plot(t, wander, color=MUTED, linewidth=1.2, dashes=(2, 2))
         low, value, high = (
@@ -66,6 +67,6 @@ def implied(share: NDArray[np.float64], departure: float, wandering: float) -> N
     # (2 P(x) - 1) / (2 d) = sqrt(t) (2 P(x) - 1) / (2 x), which tends to sqrt(t) p(0).
     small = np.abs(x) < SMALL
     safe = np.where(small, SMALL, x)
-    rest = np.where(small, norm.pdf(0.0), (2 * norm.cdf(safe) - 1) / (2 * safe))
-    mean = departure * share * norm.cdf(x) + np.sqrt(share) * (norm.pdf(x) + rest)
+    rest = np.where(small, normal_density(0.0), (2 * ndtr(safe) - 1) / (2 * safe))
+    mean = departure * share * ndtr(x) + np.sqrt(share) * (normal_density(x) + rest)
     return np.asarray(wandering * mean, dtype=float)

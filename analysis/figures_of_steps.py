@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.stats import t
 
 from analysis.estimate import Estimate
 from analysis.figure_style import INK, MEASURED, MUTED, PREDICTED, WIDTH_IN, draw, spread
 from analysis.formatting import estimate_text
+from analysis.quantiles import student_quantile
 
 Floats = NDArray[np.float64]
 
@@ -63,7 +63,7 @@ def _by_design(
     if dof < 1:
         return fitted, off, np.zeros(len(names))
     scatter = np.sqrt(np.sum((residual - off[owner]) ** 2) / dof)
-    return fitted, off, float(t.ppf(0.975, dof)) * scatter / np.sqrt(counts)
+    return fitted, off, student_quantile(0.975, dof) * scatter / np.sqrt(counts)
 
 
 def _paint_steps(

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
-from scipy.stats import poisson
+from scipy.special import ndtr, pdtrc
 
 from analysis.slots import memory_time
 
@@ -74,7 +73,7 @@ def mean_queue(rate: float, budget: int) -> float:
     steps = np.arange(1, 64 + int(80 * rate / (budget - rate) ** 2))
     total, at = steps * rate, steps * budget
     # E[(X - c)+] = m P(X >= c) - c P(X > c) for a Poisson X of mean m.
-    excess = total * poisson.sf(at - 1, total) - at * poisson.sf(at, total)
+    excess = total * pdtrc(at - 1, total) - at * pdtrc(at, total)
     return float((np.maximum(excess, 0.0) / steps).sum())
 
 

@@ -12,8 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri
-from scipy.stats import chi2
+from scipy.special import chdtri, ndtr, ndtri
 
 from analysis.estimate import Estimate
 from analysis.frames import RunFrames, number_in_system
@@ -184,7 +183,7 @@ def growth_power(excess: float, variance_ratio: float, requests: float) -> float
 def _scatters(freedom: int) -> NDArray[np.float64]:
     """Standard deviations of normal batches over the true one, at 1 000 equally likely points."""
     points = (np.arange(1000) + 0.5) / 1000
-    return np.sqrt(np.asarray(chi2.ppf(points, freedom)) / freedom)
+    return np.sqrt(np.asarray(chdtri(freedom, 1.0 - points)) / freedom)
 
 
 def needed_requests(excess: float, variance_ratio: float, power: float) -> float:

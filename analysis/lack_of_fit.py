@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import f as f_distribution
+from scipy.special import fdtrc
 
 FALSE_ALARM = 0.05
 """A p value below this counts as a law that is not linear: so often by chance alone."""
@@ -81,7 +81,7 @@ def lack_of_fit(
     statistic = squares / error if error > 0 else float("inf") if squares > 0 else 0.0
     return LackOfFit(
         statistic=statistic,
-        p_value=float(f_distribution.sf(statistic, between, within)),
+        p_value=float(fdtrc(between, within, statistic)),
         designs_dof=between,
         repeats_dof=within,
         mean_square=squares,

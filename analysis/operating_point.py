@@ -26,12 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from analysis import kv_demand
 from analysis.engine import EngineLimits
 from analysis.estimate import Estimate
 from analysis.prediction import CeilingName
+from analysis.quantiles import normal_density
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -231,8 +232,8 @@ def cut_off(running: float, cv2: float, limit: int) -> tuple[float, float]:
     """
     sd = math.sqrt(max(cv2, 1e-12) * running)
     z = (limit - running) / sd
-    share = float(norm.cdf(z))
-    return running * share + limit * float(norm.sf(z)) - sd * float(norm.pdf(z)), share
+    share = float(ndtr(z))
+    return running * share + limit * float(ndtr(-z)) - sd * float(normal_density(z)), share
 
 
 def head_room_tokens(workload: Workload, limits: EngineLimits) -> float:

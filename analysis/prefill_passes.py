@@ -15,9 +15,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from analysis.engine import EngineLimits
+from analysis.quantiles import normal_density
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -59,7 +60,7 @@ def _bursts(workload: Workload, declared: Floats, x: float, ratio: float) -> flo
     below = variance / (2 * x * a)
     centre, sd = x * b / passes, math.sqrt(variance * b / (2 * passes * a))
     lift = (centre - b) / sd
-    above = sd * float(norm.cdf(lift) / norm.pdf(lift))
+    above = sd * float(ndtr(lift) / normal_density(lift))
     return above / (above + below) * passes / x
 
 

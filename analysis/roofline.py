@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
 
+from analysis.quantiles import normal_quantile
 from analysis.step_time import StepTime, StepTimeFit
 
 MOST_GPUS = 2
@@ -105,7 +105,7 @@ def roofline(
         b1_s_per_token=2 * parameters / (gpus * share * rates.arithmetic_flop_per_s),
         b2_s_per_kv_token=kv_bytes_per_token / bandwidth,
     )
-    spread = math.log(rates.share_high / rates.share_low) / 2 / float(norm.ppf(0.975))
+    spread = math.log(rates.share_high / rates.share_low) / 2 / normal_quantile(0.975)
     read = spread * np.array([law.b0_s, 0.0, law.b2_s_per_kv_token, 0.0])
     computed = spread * np.array([0.0, law.b1_s_per_token, 0.0, 0.0])
     return StepTimeFit(

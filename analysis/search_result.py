@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from scipy.stats import norm
-
 from analysis.estimate import Estimate
 from analysis.formatting import estimate_text, grouped, percent, plain, words
+from analysis.quantiles import normal_quantile
 from analysis.search_rule import Design, Search, Side, batches, capacity, search_rate
 from analysis.sequential import Look
 from loadgen.records import LoadFidelity
@@ -141,7 +140,7 @@ def _books(
         return counted, expected, math.inf
     running = max(look.running for look in looks)
     scatter = math.sqrt((design.variance_ratio - 1) * expected)
-    z = float(norm.ppf(0.5 + BOOKS_LEVEL / 2))
+    z = normal_quantile(0.5 + BOOKS_LEVEL / 2)
     return counted, expected, z * scatter + running + design.precision * expected
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import gamma
+from scipy.special import gammaincinv
 
 from analysis.engine import EngineLimits, EngineSample
 from analysis.step_time import StepObservation, StepTimeFit, fit_step_time
@@ -288,7 +288,7 @@ def _gamma(mean: float, cv: float, longest: int) -> NDArray[np.int64]:
     if cv < 1e-3:
         return np.array([max(round(mean), 1)], dtype=np.int64)
     at = (np.arange(LAW_POINTS) + 0.5) / LAW_POINTS
-    values = gamma.ppf(at, 1 / cv**2)
+    values = gammaincinv(1 / cv**2, at)
     values = 1 + (values / values.mean() - 1) * cv / (values.std() / values.mean())
     lengths: NDArray[np.int64] = np.clip(np.rint(mean * values), 1, longest).astype(np.int64)
     return lengths

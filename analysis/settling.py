@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from scipy.optimize import brentq
-from scipy.stats import norm
 
 from analysis.estimate import Estimate, ratio
 from analysis.evidence import Evidence, MeasuredRun
 from analysis.formatting import decimals_for, grouped
 from analysis.growth import why_no_slope
+from analysis.quantiles import normal_quantile
 from loadgen.processes import stationary
 
 Growth = Literal["bounded", "sqrt(t)", "linear", "cannot say"]
@@ -250,7 +250,7 @@ def _contradiction(
     growth: Growth, departure: Estimate, wandering: float, queue: Queue
 ) -> str | None:
     """What the queue did, where the measured rate makes that in less than 1 of 100 runs."""
-    reach = float(norm.ppf(0.5 + PATH_LEVEL / 2))
+    reach = normal_quantile(0.5 + PATH_LEVEL / 2)
     lowest, most = -math.inf, math.inf
     if growth == "bounded":
         # The stationary queue is exponential with mean sigma^2 / (2 |d|).

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
-from scipy.stats import norm, t
 
 from analysis.lack_of_fit import Bend, LackOfFit, bends, lack_of_fit
+from analysis.quantiles import normal_quantile, student_quantile
 
 TERMS = ("b0", "b1", "b2", "b3")
 MAX_CONDITION = 1e6
@@ -108,7 +108,7 @@ class StepTimeFit:
         """Student's t over the normal quantile, for the few degrees of freedom of the error."""
         if not self.interval_dof:
             return 1.0
-        return float(t.ppf(0.975, self.interval_dof)) / float(norm.ppf(0.975))
+        return student_quantile(0.975, self.interval_dof) / normal_quantile(0.975)
 
     def standard_errors(self) -> NDArray[np.float64]:
         """Of b0..b3, shape (4,), without the widening."""
@@ -205,7 +205,7 @@ def fit_step_time(
     if linear is not None and linear.mean_square > variance:
         # So many designs say it, however often each is repeated.
         variance, dof = linear.mean_square, linear.designs_dof
-    wider = float(t.ppf(0.975, dof)) / float(norm.ppf(0.975))
+    wider = student_quantile(0.975, dof) / normal_quantile(0.975)
     scaled = a / norms
     covariance = np.linalg.inv(scaled.T @ scaled) / np.outer(norms, norms) * variance * wider**2
     fit = _result(
