@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.branches import two_branches
 from analysis.critical_rate import predict
 from analysis.estimate import Estimate
 from analysis.prediction import Claim
@@ -20,6 +21,8 @@ CLAIMS: tuple[Claim, Claim] = ("paper", "engine")
 REAL: dict[str, tuple[str, ...]] = {
     "H1": ("vllm_uniform_1_1", "vllm_uniform_2_1", "vllm_uniform_1_2", "sglang_uniform"),
     "H5": ("vllm_fixed_64_64", "vllm_fixed_16_256", "sglang_fixed"),
+    "H6": ("vllm_two_starts",),
+    "H9": ("vllm_bursts",),
     "H10": ("vllm_short_outputs",),
 }
 """Rows of results/reference that bear on a hypothesis."""
@@ -138,6 +141,19 @@ def _real_parts(name: str, row: Row) -> tuple[Part, ...]:
             Part("measured over M / (b E[g])", paper, allowed),
             Part("over the engine's closed form", engine, ANYWHERE),
         )
+    if name == "H6":
+        # vLLM resumes what it preempted: both starts should agree.
+        return tuple(
+            Part(
+                f"at {pair.load:.2f}: drift from full less from empty, over the offered rate",
+                pair.difference.scaled(1 / pair.empty.arrival_rate, ""),
+                (-math.inf, 0.02),
+            )
+            for pair in two_branches(row.verdict.runs, {})
+        )
+    if name == "H9":
+        what = "measured over the closed form, which knows nothing of bursts"
+        return (Part(what, engine, (0.95, 1.05)),)
     if name == "H5":
         what = "measured over the closed form with recompute"
         return (Part(what, engine, (0.95, 1.05)),)
