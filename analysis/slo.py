@@ -44,10 +44,12 @@ def ttft_s(
     rate: float,
     quantile: float,
     ignore_eos: bool,
+    step_factors: Floats | None = None,
 ) -> float:
     """Time from arrival to the first token at ``quantile``, seconds, of the requests after the warm-up.
 
-    Those that still wait at the end count with an endless time.
+    Those that still wait at the end count with an endless time. ``step_factors`` is the noise of steps,
+    as `analysis.simulate.simulate` takes it.
     """
     arrival_s = draws.arrivals / rate
     horizon_s = float(arrival_s[-1])
@@ -59,6 +61,7 @@ def ttft_s(
         horizon_s,
         sample_interval_s=horizon_s,
         ignore_eos=ignore_eos,
+        step_factors=step_factors,
     )
     rows = run.rows[run.rows["id"] >= WARM_UP * len(arrival_s)]
     waits = rows["first_s"] - rows["arrival_s"]

@@ -75,6 +75,14 @@ COMMANDS = {
         "The largest share of the critical rate at which a target for the first token holds.",
         ("critrate slo results/FOLDER --ttft 0.5 --quantile 0.95",),
     ),
+    "size": Command(
+        "size_command",
+        "How many replicas a demand needs, so that a target for the first token holds.",
+        (
+            "critrate size results/FOLDER --rate 120 --ttft 0.5 --price 2.5",
+            "critrate size configs/h100_llama3_8b_vllm.yaml --rate 120 --what-if kv=fp8",
+        ),
+    ),
     "headroom": Command(
         "headroom_command",
         "How far a serving engine is from its critical rate, from its metrics alone.",
