@@ -8,18 +8,18 @@ from typing import Any
 
 import yaml
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.evidence import Evidence, MeasuredRun
-from analysis.frames import RunFrames, run_frames
-from analysis.gpu_health import gpu_warnings
-from analysis.pace import Pace
-from analysis.prediction import Claim, Prediction
-from analysis.replica_verdict import verdict_of
-from analysis.replicas import records_of, replicated, thinned, whole_run
-from analysis.report import ReportContext, report_html, report_md
-from analysis.verdict import Verdict
-from analysis.waterfall import Mechanism
+from analysis.calibration.pace import Pace
+from analysis.inference.gpu_health import gpu_warnings
+from analysis.numbers.estimate import Estimate
+from analysis.reports.report import ReportContext, report_html, report_md
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.frames import RunFrames, run_frames
+from analysis.theory.prediction import Claim, Prediction
+from analysis.theory.waterfall import Mechanism
+from analysis.verdicts.evidence import Evidence, MeasuredRun
+from analysis.verdicts.replica_verdict import verdict_of
+from analysis.verdicts.replicas import records_of, replicated, thinned, whole_run
+from analysis.verdicts.verdict import Verdict
 from harness.change_line import to_raise_it
 from harness.config import ExperimentConfig, load_config
 from harness.launch import PACE_LOG

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from analysis.prediction import Claim
-from analysis.replica_verdict import verdict_of
-from analysis.summary import summary
+from analysis.reports.summary import summary
+from analysis.theory.prediction import Claim
+from analysis.verdicts.replica_verdict import verdict_of
 from harness.analyse import analyse, load_evidence, write_report
 from harness.change_line import to_raise_it
 from harness.store import Store, missing

@@ -11,18 +11,18 @@ from typing import Any
 
 import aiohttp
 
-from analysis.cross_checks import CrossCheck, cross_checks
-from analysis.engine import EngineLimits, EngineSample
-from analysis.estimate import Estimate
-from analysis.implied_pool import implied_pool
-from analysis.probe_readings import (
+from analysis.calibration.cross_checks import CrossCheck, cross_checks
+from analysis.calibration.implied_pool import implied_pool
+from analysis.calibration.probe_readings import (
     ProbeResult,
     sequence_ceiling,
     step_observation,
     token_ceiling,
 )
-from analysis.probes import Probe, design_probes
-from analysis.step_time import StepObservation, StepTimeFit, fit_step_time
+from analysis.calibration.probes import Probe, design_probes
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits, EngineSample
+from analysis.schedulers.step_time import StepObservation, StepTimeFit, fit_step_time
 from harness.engines import EngineFacts
 from harness.prober import SAMPLE_INTERVAL_S, CalibrationFailed, Prober
 from harness.sampler import sample_engine

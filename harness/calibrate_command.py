@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.calibration_lines import calibration_lines
-from analysis.figures_of_steps import step_time_figure
+from analysis.calibration.calibration_lines import calibration_lines
+from analysis.reports.figures_of_steps import step_time_figure
 from harness.config import ExperimentConfig, load_config
 from harness.display import Display
 from harness.experiment import calibrated, write_inputs

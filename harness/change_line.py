@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from analysis.engine import EngineLimits
-from analysis.step_time import StepTimeFit
-from analysis.what_to_change import what_to_change
+from analysis.operation.what_to_change import what_to_change
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTimeFit
 from harness.config import load_config
 from harness.store import Store
 

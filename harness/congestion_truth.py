@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.cohorts import Law, growth_per_iteration, run, spaced
-from analysis.congestion import (
+from analysis.theory.cohorts import Law, growth_per_iteration, run, spaced
+from analysis.theory.congestion import (
     bell,
     cohort_evictions,
     cohort_rate,
@@ -16,7 +16,7 @@ from analysis.congestion import (
     least_stable_prompt,
     worst_loss,
 )
-from analysis.spectrum import largest_root
+from analysis.theory.spectrum import largest_root
 
 FIXED = ((100, 100), (20, 200), (400, 40), (64, 64))
 """Prompt and output tokens of the closed forms' table."""

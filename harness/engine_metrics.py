@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from analysis.engine import EngineSample
+from analysis.schedulers.engine import EngineSample
 from harness.engines import EngineFacts, Metric, MissingMetric
 
 Series = list[tuple[dict[str, str], float]]

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from analysis.capacity import backlogged_window, work_served
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.estimate import Estimate
-from analysis.evidence import Evidence, MeasuredRun, work_demand
-from analysis.judge import judge
-from analysis.prediction import Prediction
-from analysis.run_verdict import judge_run
-from analysis.search_result import search_result
-from analysis.search_verdict import SearchVerdict, search_verdict
-from analysis.step_time import StepTime, StepTimeFit
-from analysis.verdict import RunJudgement, Verdict
+from analysis.inference.capacity import backlogged_window, work_served
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTime, StepTimeFit
+from analysis.theory.critical_rate import predict
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.evidence import Evidence, MeasuredRun, work_demand
+from analysis.verdicts.judge import judge
+from analysis.verdicts.run_verdict import judge_run
+from analysis.verdicts.search_result import search_result
+from analysis.verdicts.search_verdict import SearchVerdict, search_verdict
+from analysis.verdicts.verdict import RunJudgement, Verdict
 from harness.experiment import MAX_EXTRA_RUNS, outside
 from harness.plan import Plan, StartOption, make_plan
 from harness.predict import NARROW

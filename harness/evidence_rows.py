@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.audit import counter_at
-from analysis.estimate import Estimate, ratio
-from analysis.evidence import Evidence
-from analysis.explain import Explanation, explain
-from analysis.judge import judge
-from analysis.replica_verdict import verdict_of
-from analysis.replicas import backlogs
-from analysis.run_verdict import Capacity
-from analysis.second_opinion import simulated_rate
-from analysis.step_time import StepTime, StepTimeFit
-from analysis.verdict import Verdict
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.schedulers.step_time import StepTime, StepTimeFit
+from analysis.verdicts.audit import counter_at
+from analysis.verdicts.evidence import Evidence
+from analysis.verdicts.explain import Explanation, explain
+from analysis.verdicts.judge import judge
+from analysis.verdicts.replica_verdict import verdict_of
+from analysis.verdicts.replicas import backlogs
+from analysis.verdicts.run_verdict import Capacity
+from analysis.verdicts.second_opinion import simulated_rate
+from analysis.verdicts.verdict import Verdict
 from harness.analyse import load_evidence
 from harness.config import ExperimentConfig, load_config
 from harness.launch import PACE_LOG

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
-from analysis.calibration_lines import pool_differs, pool_text
-from analysis.prediction import Prediction
-from analysis.replica_verdict import verdict_of
-from analysis.summary import summary
-from analysis.verdict import Verdict
+from analysis.calibration.calibration_lines import pool_differs, pool_text
+from analysis.reports.summary import summary
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.replica_verdict import verdict_of
+from analysis.verdicts.verdict import Verdict
 from harness.analyse import analyse, load_evidence
 from harness.calibrate import Calibration, calibrate
 from harness.config import ConfigError, ExperimentConfig

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from analysis.evidence import Evidence
-from analysis.explain import Explanation
-from analysis.explain_text import explanation_text
-from analysis.figures_of_explain import explanation_png, explanation_svg
-from analysis.formatting import grouped
+from analysis.numbers.formatting import grouped
+from analysis.reports.explain_text import explanation_text
+from analysis.reports.figures_of_explain import explanation_png, explanation_svg
+from analysis.verdicts.evidence import Evidence
+from analysis.verdicts.explain import Explanation
 from harness.evidence_rows import read_row
 from harness.store import Store
 from harness.streams import finite

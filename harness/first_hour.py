@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from analysis.estimate import Estimate
-from analysis.formatting import estimate_text
-from analysis.roofline import Rates
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.formatting import estimate_text
+from analysis.theory.roofline import Rates
 from harness.config import ConfigError, ExperimentConfig
 from harness.hardware import measured_rates
 from harness.launch import ENGINE_SIDE, LaunchConfig, place

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from analysis.branches import Branches, two_branches
-from analysis.capacity import backlogged_window, work_served
-from analysis.critical_rate import predict
-from analysis.engine import SGLangRules
-from analysis.estimate import Estimate
-from analysis.evidence import MeasuredRun, variance_ratio, work_demand
-from analysis.prediction import Prediction
-from analysis.run_verdict import capacity, judge_run
-from analysis.step_time import StepTime, exact_step_time
+from analysis.inference.capacity import backlogged_window, work_served
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import SGLangRules
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.branches import Branches, two_branches
+from analysis.verdicts.evidence import MeasuredRun, variance_ratio, work_demand
+from analysis.verdicts.run_verdict import capacity, judge_run
 from harness import error_rates
 from harness.error_rates import Known, Setting, evidence_of, planned, right
 from harness.plan import WARMUP_RESIDENCES, preload_size

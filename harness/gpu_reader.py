@@ -58,7 +58,8 @@ class GpuSample:
     memory_clock_mhz: int | None
     temperature_c: int | None
     throttle_reasons: int | None
-    """Bits of `analysis.steadiness.THROTTLE_REASONS`; 0 means that the clock is not held back."""
+    """Bits of `analysis.verdicts.steadiness.THROTTLE_REASONS`; 0 means that the clock is not held
+    back."""
     ecc_corrected: int | None
     ecc_uncorrected: int | None
     """Memory errors since the driver was loaded; None where the card has no ECC or has it off."""

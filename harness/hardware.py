@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from analysis.roofline import DATA_SHEETS, MEASURED_SHARE, Rates, roofline
-from analysis.step_time import StepTimeFit
+from analysis.schedulers.step_time import StepTimeFit
+from analysis.theory.roofline import DATA_SHEETS, MEASURED_SHARE, Rates, roofline
 from harness.sections import ConfigError, Positive, Section
 
 

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from analysis.engine import EngineLimits, EngineSample
-from analysis.headroom import Headroom, headroom
-from analysis.headroom_text import headroom_lines
-from analysis.serving_window import CannotSay, serving_window
-from analysis.step_time import StepTimeFit
+from analysis.operation.headroom import Headroom, headroom
+from analysis.operation.headroom_text import headroom_lines
+from analysis.operation.serving_window import CannotSay, serving_window
+from analysis.schedulers.engine import EngineLimits, EngineSample
+from analysis.schedulers.step_time import StepTimeFit
 from harness.config import ConfigError, ServerConfig
 from harness.connection import connect
 from harness.display import Display

@@ -8,15 +8,15 @@ from functools import cached_property
 
 import numpy as np
 
-from analysis.capacity import backlogged_window, work_served
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, EngineSample, SGLangRules
-from analysis.estimate import Estimate
-from analysis.evidence import work_demand
-from analysis.kv_demand import kv_demand_engine, residence_steps
-from analysis.prediction import Prediction
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.inference.capacity import backlogged_window, work_served
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits, EngineSample, SGLangRules
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.kv_demand import kv_demand_engine, residence_steps
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.evidence import work_demand
 from harness.rehearsal import SimulatedServer, offered
 from loadgen.length_laws import lognormal
 from loadgen.records import Run

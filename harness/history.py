@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from analysis.estimate import Estimate
+from analysis.numbers.estimate import Estimate
 from harness.streams import StorageFull, StoreError
 
 SCHEMA_VERSION = 1

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from analysis.estimate import ratio
-from analysis.formatting import estimate_text, words
+from analysis.numbers.estimate import ratio
+from analysis.numbers.formatting import estimate_text, words
 from harness.config import ConfigError
 from harness.history import (
     Entry,

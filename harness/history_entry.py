@@ -7,7 +7,7 @@ import json
 import statistics
 from typing import Any
 
-from analysis.estimate import Estimate
+from analysis.numbers.estimate import Estimate
 from harness.config import ExperimentConfig, load_config
 from harness.history import LEVEL, Entry
 from harness.server import url_is_loopback

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from analysis.figures_of_history import NightPoint, rate_by_night
+from analysis.reports.figures_of_history import NightPoint, rate_by_night
 from harness.history_series import Judged, change_text
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.estimate import Estimate
-from analysis.regression import NightAnswer, judge_nights
+from analysis.numbers.estimate import Estimate
+from analysis.operation.regression import NightAnswer, judge_nights
 from harness.history import Entry, environment_change, segments
 
 

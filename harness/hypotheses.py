@@ -12,19 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.audit import saturation
-from analysis.capacity import backlogged_window
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate, ratio
-from analysis.evidence import rounding
-from analysis.identity import identity
-from analysis.kv_demand import kv_demand_engine, kv_demand_paper
-from analysis.prediction import Prediction
-from analysis.quantiles import student_quantile
-from analysis.second_opinion import simulated_rate
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.inference.capacity import backlogged_window
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.numbers.quantiles import student_quantile
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.kv_demand import kv_demand_engine, kv_demand_paper
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.audit import saturation
+from analysis.verdicts.evidence import rounding
+from analysis.verdicts.identity import identity
+from analysis.verdicts.second_opinion import simulated_rate
 from harness.hypotheses_of_slots import h6, h7
 from harness.hypothesis_config import EngineConfig, HypothesisConfig
 from harness.hypothesis_of_arrivals import h9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from analysis.policy_rates import eviction_free
+from analysis.theory.policy_rates import eviction_free
 from harness.hypothesis_config import HypothesisConfig
 from harness.hypothesis_verdict import ANYWHERE, Part, Verdict, over_seeds
 from harness.theory import law_of, slot_rate, slot_run

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.branches import two_branches
-from analysis.critical_rate import predict
-from analysis.estimate import Estimate
-from analysis.prediction import Claim
-from analysis.step_time import exact_step_time
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.step_time import exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.prediction import Claim
+from analysis.verdicts.branches import two_branches
 from harness.evidence_rows import Row, read_row
 from harness.hypothesis_config import HypothesisConfig
 from harness.hypothesis_verdict import ANYWHERE, Part, Verdict
@@ -33,10 +33,10 @@ HEAD = """\
 
 Derived by `scripts/hypotheses` from `results/reference`; CI derives it anew and compares. Each row of
 the first table is a config, `configs/theory/h<N>.yaml`, which `scripts/hypotheses --run` carries out on
-simulators: the slot model of `analysis.slots` (one token per request and slot, prompts take no time) or
-the scheduler model of vLLM under a set law of step times. Every figure is a mean over independent seeds
-with its interval of 95 %. Confirmed: each interval lies in the range that the hypothesis allows.
-Refuted: one lies outside. Cannot say: one lies on the edge.
+simulators: the slot model of `analysis.slot_models.slots` (one token per request and slot, prompts
+take no time) or the scheduler model of vLLM under a set law of step times. Every figure is a mean
+over independent seeds with its interval of 95 %. Confirmed: each interval lies in the range that
+the hypothesis allows. Refuted: one lies outside. Cannot say: one lies on the edge.
 """
 REAL_HEAD = """
 ## On real engines

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from analysis.engine import EngineLimits
+from analysis.schedulers.engine import EngineLimits
 from harness.arrivals_config import LawConfig
 from harness.sections import ConfigError, Positive, Section, StepTimeConfig
 from harness.theory_config import SlotCase

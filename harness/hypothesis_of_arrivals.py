@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.capacity import backlogged_window, work_served
-from analysis.critical_rate import predict
-from analysis.evidence import work_demand
-from analysis.step_time import exact_step_time
+from analysis.inference.capacity import backlogged_window, work_served
+from analysis.schedulers.step_time import exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.evidence import work_demand
 from harness.hypothesis_config import HypothesisConfig
 from harness.hypothesis_verdict import ANYWHERE, Part, Verdict, over_seeds
 from harness.rehearsal import SimulatedServer, offered

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.estimate import Estimate
-from analysis.quantiles import student_quantile
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.quantiles import student_quantile
 
 Outcome = Literal["confirmed", "refuted", "cannot say"]
 ANYWHERE = (-math.inf, math.inf)

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from analysis.formatting import grouped
-from analysis.kv_cache import (
+from analysis.numbers.formatting import grouped
+from analysis.theory.kv_cache import (
     VALUE_BYTES,
     KvBudget,
     KvCache,
@@ -22,8 +22,8 @@ from analysis.kv_cache import (
     kv_budget,
     kv_cache,
 )
-from analysis.kv_pools import SglangPool, VllmPool, sglang_pool, vllm_pool
-from analysis.model_shape import model_shape
+from analysis.theory.kv_pools import SglangPool, VllmPool, sglang_pool, vllm_pool
+from analysis.theory.model_shape import model_shape
 from harness.config import ConfigError
 from harness.kv_models import UNIT_BYTES, layers_text, markdown, models_table, pools_table
 

@@ -13,10 +13,10 @@ from decimal import Decimal
 from importlib.resources import files
 from typing import Any
 
-from analysis.formatting import grouped
-from analysis.kv_cache import KvCache, kv_cache
-from analysis.kv_pools import sglang_pool, vllm_pool
-from analysis.model_shape import ModelShape, model_shape
+from analysis.numbers.formatting import grouped
+from analysis.theory.kv_cache import KvCache, kv_cache
+from analysis.theory.kv_pools import sglang_pool, vllm_pool
+from analysis.theory.model_shape import ModelShape, model_shape
 
 UNIT_BYTES = {
     **{"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from analysis.engine import SGLangRules
+from analysis.schedulers.engine import SGLangRules
 from harness.engines import EngineFacts
 from harness.server_limits import (
     LimitsUnreadable,

@@ -15,16 +15,16 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.audit import KV_BOUND_USAGE, PINNED_SPREAD
-from analysis.capacity import (
+from analysis.inference.capacity import (
     Backlog,
     backlogged_window,
     completions,
     work_of,
     work_served,
 )
-from analysis.estimate import Estimate
-from analysis.frames import RunFrames
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.frames import RunFrames
+from analysis.verdicts.audit import KV_BOUND_USAGE, PINNED_SPREAD
 from loadgen.records import Run
 
 REQUESTS = ("requests.jsonl.gz", "requests.jsonl")
@@ -117,7 +117,8 @@ def backlog_after_one_residence(server: MeasuredServer) -> Backlog:
 
 
 def binding(server: MeasuredServer, window: Backlog) -> str:
-    """What refused requests in the window, by the thresholds of `analysis.audit.binding_resource`.
+    """What refused requests in the window, by the thresholds of
+    `analysis.verdicts.audit.binding_resource`.
 
     "kv_cache", "max_num_seqs" or "unknown": steps were not recorded, so that a full token budget cannot
     be told.

@@ -1,9 +1,10 @@
-"""The scheduler of `analysis.engine` on the wall clock: the inside of the mock server.
+"""The scheduler of `analysis.schedulers.engine` on the wall clock: the inside of the mock server.
 
 Every step has a *nominal* start and end. The next step starts, nominally, when the previous one
 ends, not when the event loop woke up: the law of the step time holds exactly, whatever the machine
-does, and a run of the mock is the run that `analysis.simulate` gives for the same arrivals. When
-the loop is late, steps run back to back, one per turn of the loop, until they have caught up.
+does, and a run of the mock is the run that `analysis.schedulers.simulate` gives for the same
+arrivals. When the loop is late, steps run back to back, one per turn of the loop, until they have
+caught up.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.engine import Engine, EngineLimits, Request, Step
-from analysis.scheduler import engine_of
-from analysis.sglang import SGLangEngine
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import Engine, EngineLimits, Request, Step
+from analysis.schedulers.scheduler import engine_of
+from analysis.schedulers.sglang import SGLangEngine
+from analysis.schedulers.step_time import StepTime
 from harness.mock_books import Books, Ended, Job
 from harness.mock_log import StepLogFile
 from harness.mock_sglang_books import SGLangBooks
@@ -91,7 +92,7 @@ class PacedEngine:
     """`Engine` paced by the event loop's clock (`time.monotonic`).
 
     A request submitted at instant r joins the first step whose nominal start is not before r, as in
-    `analysis.simulate`; an abandoned one leaves at the first such step after it was given up.
+    `analysis.schedulers.simulate`; an abandoned one leaves at the first such step after it was given up.
     ``books`` are told what happens. ``failed`` is done when the engine cannot go on, with the
     exception as its result.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from analysis.engine import Request, Step
+from analysis.schedulers.engine import Request, Step
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from analysis.engine import EngineLimits, SGLangRules
+from analysis.schedulers.engine import EngineLimits, SGLangRules
 from harness.limits_sglang import keeps_whole_output
 from harness.mock import MockConfig, SGLangSettings
 from harness.sections import Positive, Section, StepTimeConfig

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import IO
 
-from analysis.engine import Engine, Step
+from analysis.schedulers.engine import Engine, Step
 from harness.mock_books import Job
 
 LOG_FLUSH_S = 1.0

@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from analysis.engine import Step
-from analysis.sglang import SGLangEngine
+from analysis.schedulers.engine import Step
+from analysis.schedulers.sglang import SGLangEngine
 from harness.exposition import Histogram
 from harness.mock_books import Ended, Job
 

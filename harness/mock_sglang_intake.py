@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from analysis.sglang import longest_request
+from analysis.schedulers.sglang import longest_request
 from harness.mock import MockConfig
 from harness.mock_requests import (
     ApiError,

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from analysis.engine import EngineLimits
+from analysis.schedulers.engine import EngineLimits
 from harness.exposition import Family, HistogramFamily, Labels, Page
 from harness.mock_sglang_books import SGLangBooks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from analysis.engine import Engine, EngineSample
+from analysis.schedulers.engine import Engine, EngineSample
 from harness.exposition import Histogram
 from harness.mock_books import Ended, Job
 

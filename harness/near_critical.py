@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.estimate import Estimate
-from analysis.evidence import Evidence, MeasuredRun, variance_ratio
-from analysis.frames import RunFrames
-from analysis.long_run import long_run_mean
-from analysis.run_verdict import capacity
-from analysis.settling import Settling, of_run
+from analysis.inference.long_run import long_run_mean
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.frames import RunFrames
+from analysis.verdicts.evidence import Evidence, MeasuredRun, variance_ratio
+from analysis.verdicts.run_verdict import capacity
+from analysis.verdicts.settling import Settling, of_run
 from harness.error_rates import Known, Setting, evidence_of, planned, right
 from harness.rehearsal import offered
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.formatting import estimate_text, grouped, percent, words
+from analysis.numbers.formatting import estimate_text, grouped, percent, words
 from harness.history import Entry, limits_change
 from harness.history_figure import figure
 from harness.history_series import Judged, change_text

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from analysis.engine import EngineSample
+from analysis.schedulers.engine import EngineSample
 from harness.config import ExperimentConfig
 from harness.display import Countdown, Display
 from harness.gpu import NoGpu

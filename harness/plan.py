@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from analysis.evidence import variance_ratio
-from analysis.growth import (
+from analysis.inference.growth import (
     DRIFT_BATCHES,
     growth_power,
     needed_requests,
@@ -16,8 +15,9 @@ from analysis.growth import (
     stability_power,
     stationary_variance,
 )
-from analysis.prediction import Prediction
-from analysis.run_verdict import MIN_BACKLOG_RESIDENCES
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.evidence import variance_ratio
+from analysis.verdicts.run_verdict import MIN_BACKLOG_RESIDENCES
 from harness.sections import ConfigError
 from loadgen.mendable import Mendable
 from loadgen.processes import POISSON, Process, Replay, dispersion, period_s
@@ -118,7 +118,7 @@ def make_plan(
     prediction is taken off the distance from critical. No run is longer than ``max_horizon_s``.
     """
     longest_s, mean_s = engine.longest_residence_s, engine.mean_residence_s
-    # As of `analysis.evidence.Evidence`: what the sum of several queues wanders by at most.
+    # As of `analysis.verdicts.evidence.Evidence`: what the sum of several queues wanders by at most.
     departures = engine.replicas * (variance_ratio(workload) - 1.0)
     critical = prediction.critical_rate
     relative_error = critical.standard_error / critical.value
@@ -179,7 +179,7 @@ def _length_s(
     """How long a run is: at most as long as it may be, and as a replayed trace is.
 
     Where the rate follows the clock, so many whole periods follow the warm-up that each batch of
-    `analysis.growth.drift` has as many.
+    `analysis.inference.growth.drift` has as many.
     """
     if isinstance(arrivals, Replay):
         own_s = arrivals.duration_s * arrivals.own_rate / rate

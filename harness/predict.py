@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from analysis.critical_rate import mixture_rate, predict
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.formatting import estimate_text
-from analysis.prediction import Grade, Prediction
-from analysis.roofline import Rates
-from analysis.second_opinion import simulated_rate
-from analysis.step_time import StepTimeFit, exact_step_time
-from analysis.waterfall import waterfall
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.formatting import estimate_text
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTimeFit, exact_step_time
+from analysis.theory.critical_rate import mixture_rate, predict
+from analysis.theory.prediction import Grade, Prediction
+from analysis.theory.roofline import Rates
+from analysis.theory.waterfall import waterfall
+from analysis.verdicts.second_opinion import simulated_rate
 from harness.config import ConfigError, ExperimentConfig
 from harness.target import require_fitting
 from loadgen.workload import Workload

@@ -11,9 +11,9 @@ from typing import Any
 
 import aiohttp
 
-from analysis.engine import EngineSample
-from analysis.probe_readings import ProbeResult
-from analysis.probes import Probe
+from analysis.calibration.probe_readings import ProbeResult
+from analysis.calibration.probes import Probe
+from analysis.schedulers.engine import EngineSample
 from harness.engines import EngineFacts
 from harness.step_sources import SourceReading, read_sources, told_between
 from loadgen.client import complete

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis.steadiness import HELD_BACK, THROTTLE_REASONS
+from analysis.verdicts.steadiness import HELD_BACK, THROTTLE_REASONS
 from harness.config import ConfigError, ExperimentConfig, ServerConfig
 from harness.gpu import NoGpu
 from harness.gpu_choice import choose

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from analysis.replica_verdict import verdict_of
+from analysis.verdicts.replica_verdict import verdict_of
 from harness.analyse import load_evidence
 from harness.columns import write_columns
 from harness.evidence_rows import SIMULATED, simulate_set_law

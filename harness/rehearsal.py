@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.engine import EngineLimits
-from analysis.evidence import Evidence, MeasuredRun
-from analysis.judge import judge
-from analysis.prediction import Prediction
-from analysis.probe_readings import step_observation
-from analysis.probes import Probe, design_probes
-from analysis.simulate import simulate
-from analysis.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
-from analysis.verdict import Verdict
-from analysis.waterfall import Mechanism
+from analysis.calibration.probe_readings import step_observation
+from analysis.calibration.probes import Probe, design_probes
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
+from analysis.theory.prediction import Prediction
+from analysis.theory.waterfall import Mechanism
+from analysis.verdicts.evidence import Evidence, MeasuredRun
+from analysis.verdicts.judge import judge
+from analysis.verdicts.verdict import Verdict
 from harness.calibrate import MAX_REPEATS, REPEATS, good_enough
 from harness.config import ExperimentConfig
 from harness.plan import Plan, StartOption, make_plan
@@ -49,7 +49,8 @@ class SimulatedServer:
     noise: float = 0.0
     """Relative standard deviation of one step's time; log-normal, independent, of mean 1."""
     slowdown: Callable[[Run], NDArray[np.float64]] | None = None
-    """How a run's speed drifts, see `analysis.simulate.simulate`; calibrations come before any drift."""
+    """How a run's speed drifts, see `analysis.schedulers.simulate.simulate`; calibrations come
+    before any drift."""
 
     def step_factors(self, seed: int) -> NDArray[np.float64] | None:
         """Noise from a seed, shape (NOISE_STEPS,); None without noise."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.estimate import Estimate, ratio
-from analysis.formatting import estimate_text, grouped, load_label, percent, seconds
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.numbers.formatting import estimate_text, grouped, load_label, percent, seconds
 from harness.evidence_rows import Row
 
 NOTHING = "-"

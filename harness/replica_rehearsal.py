@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.estimate import Estimate
-from analysis.evidence import MeasuredRun
-from analysis.prediction import Prediction
-from analysis.replica_verdict import verdict_of
-from analysis.replicas import replicated, thinned, whole_run
-from analysis.simulate import simulate
-from analysis.step_time import StepTimeFit
-from analysis.verdict import Verdict
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTimeFit
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.evidence import MeasuredRun
+from analysis.verdicts.replica_verdict import verdict_of
+from analysis.verdicts.replicas import replicated, thinned, whole_run
+from analysis.verdicts.verdict import Verdict
 from harness.config import ExperimentConfig
 from harness.predict import narrow_enough
 from harness.rehearsal import (

@@ -7,11 +7,11 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate, combined
-from analysis.prediction import Prediction
-from analysis.replicas import of_one, slowest, sum_of
-from analysis.step_time import StepTimeFit, fit_step_time
+from analysis.numbers.estimate import Estimate, combined
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTimeFit, fit_step_time
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.replicas import of_one, slowest, sum_of
 from harness.calibrate import Calibration
 from harness.config import ExperimentConfig
 from harness.predict import predictions
@@ -79,7 +79,8 @@ def bounding(
     limits: EngineLimits,
     fits: Sequence[StepTimeFit],
 ) -> tuple[int, ...]:
-    """Which servers bound the whole by their own calibrations, see `analysis.replicas.slowest`."""
+    """Which servers bound the whole by their own calibrations, see
+    `analysis.verdicts.replicas.slowest`."""
     rates = [_rate(_plain(config, workload, limits, fit)) for fit in fits]
     return slowest(rates, config.theta)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.estimate import Estimate
-from analysis.explain import ENOUGH
-from analysis.formatting import estimate_text, grouped, value_text
-from analysis.run_verdict import Capacity
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.formatting import estimate_text, grouped, value_text
+from analysis.verdicts.explain import ENOUGH
+from analysis.verdicts.run_verdict import Capacity
 from harness.evidence_rows import Row
 from harness.replica_page import replica_sections
 

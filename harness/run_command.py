@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from analysis.summary import summary
+from analysis.reports.summary import summary
 from harness.change_line import to_raise_it
 from harness.config import load_config
 from harness.display import Display

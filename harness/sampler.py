@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from analysis.engine import EngineSample
+from analysis.schedulers.engine import EngineSample
 from harness.engine_metrics import engine_sample
 from harness.engines import EngineFacts
 from harness.gpu import in_daemon

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.prediction import Prediction
-from analysis.step_time import StepTime, exact_step_time
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.prediction import Prediction
 from harness.calibrate import Calibration
 from harness.config import ExperimentConfig
 from harness.predict import claimed

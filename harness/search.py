@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from analysis.audit import binding_resource, saturation
-from analysis.capacity import Backlog
-from analysis.engine import EngineLimits, EngineSample
-from analysis.evidence import OVERRUN_LIMIT
-from analysis.frames import run_frames
-from analysis.search_result import SearchResult, search_result
-from analysis.search_rule import Design, Search, advance, begin
-from analysis.sequential import EMPTY, Look, Served, served
+from analysis.inference.capacity import Backlog
+from analysis.inference.search_rule import Design, Search, advance, begin
+from analysis.inference.sequential import EMPTY, Look, Served, served
+from analysis.schedulers.engine import EngineLimits, EngineSample
+from analysis.schedulers.frames import run_frames
+from analysis.verdicts.audit import binding_resource, saturation
+from analysis.verdicts.evidence import OVERRUN_LIMIT
+from analysis.verdicts.search_result import SearchResult, search_result
 from harness.analyse import LAG_OVER_RESIDENCE, MOST_LAG_MS
 from harness.offer import START_DELAY_S, Stage, idle, recording
 from harness.sampler import SamplerStats, ServerGone

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.prediction import Prediction
-from analysis.search_result import SearchResult, search_lines
-from analysis.search_verdict import SearchVerdict, search_verdict, verdict_lines
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.search_result import SearchResult, search_lines
+from analysis.verdicts.search_verdict import SearchVerdict, search_verdict, verdict_lines
 from harness.config import ConfigError, ExperimentConfig, load_config
 from harness.display import Display
 from harness.experiment import gpus_of, predicted, write_inputs

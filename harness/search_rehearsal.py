@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.evidence import variance_ratio, work_demand
-from analysis.search_rule import Design, Search, advance, begin
-from analysis.sequential import EMPTY, Look, Served
-from analysis.simulate import Simulation, simulate
+from analysis.inference.search_rule import Design, Search, advance, begin
+from analysis.inference.sequential import EMPTY, Look, Served
+from analysis.schedulers.simulate import Simulation, simulate
+from analysis.verdicts.evidence import variance_ratio, work_demand
 from harness.rehearsal import SimulatedServer
 from loadgen.arrivals import SECOND_NS
 from loadgen.records import Run

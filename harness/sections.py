@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
-from analysis.step_time import StepTime
+from analysis.schedulers.step_time import StepTime
 from loadgen.mendable import Mendable
 
 Positive = Annotated[int, Field(ge=1)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from analysis.engine import SGLangRules
+from analysis.schedulers.engine import SGLangRules
 from harness.server import WANTS_KEY, answered
 from loadgen.mendable import Mendable
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from analysis.estimate import Estimate
-from analysis.formatting import estimate_text, grouped, percent, seconds, words
-from analysis.sizing import SURE, CannotSize, Fleet, fleet
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.formatting import estimate_text, grouped, percent, seconds, words
+from analysis.operation.sizing import SURE, CannotSize, Fleet, fleet
 from harness.sections import ConfigError
 from harness.size_source import Replica, changed, replica_of
 from harness.sizing import Demand, checked_fleet, engine_shares, trace_demand, waits

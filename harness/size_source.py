@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate, ratio
-from analysis.formatting import grouped, percent
-from analysis.prediction import Grade, Prediction
-from analysis.step_time import StepTime, StepTimeFit
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.numbers.formatting import grouped, percent
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, StepTimeFit
+from analysis.theory.critical_rate import predict
+from analysis.theory.prediction import Grade, Prediction
 from harness.config import ExperimentConfig, load_config
 from harness.hardware import HardwareConfig
 from harness.offline import stated
@@ -31,7 +31,7 @@ GPU_MEMORY_BYTES: Mapping[str, int] = {
     "NVIDIA H100 PCIe": 80 * 10**9,
     "NVIDIA H200": 141 * 10**9,
 }
-"""NVIDIA's data sheets of the GPUs in `analysis.roofline.DATA_SHEETS`."""
+"""NVIDIA's data sheets of the GPUs in `analysis.theory.roofline.DATA_SHEETS`."""
 UTILISATION = 0.9
 """Share of a GPU's memory that an engine takes, where another GPU is asked about (vLLM's default)."""
 COEFFICIENTS = ("b0_s", "b1_s_per_token", "b2_s_per_kv_token", "b3_s_per_request")

@@ -11,15 +11,15 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.evidence import work_demand
-from analysis.fleet import Router, fleet_waits
-from analysis.prediction import Prediction
-from analysis.quantiles import student_quantile
-from analysis.sizing import Allowed, simulated_shares, squared_variation
-from analysis.slo import Draws, mean_ttft
-from analysis.step_time import StepTime
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.quantiles import student_quantile
+from analysis.operation.fleet import Router, fleet_waits
+from analysis.operation.sizing import Allowed, simulated_shares, squared_variation
+from analysis.operation.slo import Draws, mean_ttft
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.evidence import work_demand
 from harness.sections import ConfigError
 from harness.size_source import Replica
 from loadgen.traces import FORMATS, read_requests
@@ -45,7 +45,8 @@ def engine_shares(
     seed: int,
     quantile: float = 0.95,
 ) -> Allowed:
-    """What one replica may carry, by the engine model: `analysis.sizing.simulated_shares` on drawn days.
+    """What one replica may carry, by the engine model: `analysis.operation.sizing.simulated_shares`
+    on drawn days.
 
     ``prediction`` is of one replica, by the same law and limits.
     """

@@ -11,12 +11,12 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.formatting import estimate_text, percent, seconds
-from analysis.prediction import Prediction
-from analysis.slo import Draws, largest_share, mean_ttft
-from analysis.step_time import StepTimeFit
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.formatting import estimate_text, percent, seconds
+from analysis.operation.slo import Draws, largest_share, mean_ttft
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTimeFit
+from analysis.theory.prediction import Prediction
 from harness.config import load_config
 from harness.store import Store
 from harness.streams import finite

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-from analysis.probe_readings import EngineWord, Iteration
+from analysis.calibration.probe_readings import EngineWord, Iteration
 from harness.engines import EngineFacts
 from harness.server_limits import get_json
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis.engine import EngineSample
+from analysis.schedulers.engine import EngineSample
 from harness import __version__
 from harness.streams import (
     KEPT,
@@ -61,7 +61,7 @@ RETIRED = ("truncated",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """One run as it lies on disk; its fields are what `analysis.frames.run_frames` wants.
+    """One run as it lies on disk; its fields are what `analysis.schedulers.frames.run_frames` wants.
 
     ``end`` is end.json, or None for a run that was cut off; then ``end_ns`` is the last instant
     that any stream mentions.

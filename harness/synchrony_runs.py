@@ -7,11 +7,11 @@ from functools import cache
 
 import numpy as np
 
-from analysis.congestion import bell
-from analysis.critical_rate import predict
-from analysis.spectrum import Root, largest_root, survival_weights
-from analysis.step_time import exact_step_time
-from analysis.synchrony import Synchrony, synchrony
+from analysis.inference.synchrony import Synchrony, synchrony
+from analysis.schedulers.step_time import exact_step_time
+from analysis.theory.congestion import bell
+from analysis.theory.critical_rate import predict
+from analysis.theory.spectrum import Root, largest_root, survival_weights
 from harness.error_rates import LAW, SETTINGS, Setting
 from harness.rehearsal import SimulatedServer, offered
 from loadgen.records import Run

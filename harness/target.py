@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import aiohttp
 import yaml
 
-from analysis.engine import EngineLimits
-from analysis.sglang import longest_request
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.sglang import longest_request
 from harness.config import ConfigError, ExperimentConfig, ServerConfig
 from harness.connection import connect
 from harness.engine_environments import ENVIRONMENTS

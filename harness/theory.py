@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.batching import (
+from analysis.inference.slot_growth import Growth, growth
+from analysis.slot_models.batching import (
     WORK_CONSERVING,
     Limits,
     Staircase,
@@ -19,9 +20,8 @@ from analysis.batching import (
     run_batches,
     vanilla_vllm_rate,
 )
-from analysis.policy_rates import Law, Stability, eviction_free, stability
-from analysis.slot_growth import Growth, growth
-from analysis.slots import Load, SlotRun, evenly, run_slots
+from analysis.slot_models.slots import Load, SlotRun, evenly, run_slots
+from analysis.theory.policy_rates import Law, Stability, eviction_free, stability
 from harness.theory_config import BatchCase, ClassConfig, SlotCase
 
 POINTS = 601

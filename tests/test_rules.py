@@ -8,6 +8,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"loadgen": (), "analysis": ("loadgen",), "harness": ("loadgen", "analysis")}
+ROOMS = (
+    "numbers",
+    "schedulers",
+    "slot_models",
+    "theory",
+    "calibration",
+    "inference",
+    "verdicts",
+    "operation",
+    "reports",
+)
+"""Of analysis, in the order in which data goes through it."""
 MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
@@ -24,7 +36,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_imports_run_one_way(path: Path) -> None:
-    own = path.parent.name
+    own = path.relative_to(ROOT).parts[0]
     allowed = {own, *PACKAGES[own]}
     assert imported(path) & set(PACKAGES) <= allowed
     assert not imported(path) & {"vllm", "sglang", "torch"}, "engines are processes"
@@ -32,14 +44,28 @@ def test_imports_run_one_way(path: Path) -> None:
         assert "pynvml" not in imported(path)
 
 
+def test_the_rooms_of_analysis_are_passed_in_order() -> None:
+    assert {p.name for p in (ROOT / "analysis").iterdir() if p.is_dir()} - {"__pycache__"} == {
+        *ROOMS
+    }
+    for path in (ROOT / "analysis").rglob("*/*.py"):
+        later = ROOMS[ROOMS.index(path.parent.name) + 1 :]
+        names = {
+            node.module.split(".")[1]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("analysis.")
+        }
+        assert not names & set(later), f"{path}: turns back from a later room"
+
+
 @pytest.mark.parametrize(
     "path",
-    [p for p in MODULES if p.parent.name == "analysis" or p.name == "arrivals.py"],
+    [p for p in MODULES if ROOT / "analysis" in p.parents or p.name == "arrivals.py"],
     ids=lambda p: p.stem,
 )
 def test_analysis_has_no_clock_and_no_randomness(path: Path) -> None:
     assert not imported(path) & {"time", "random", "datetime", "asyncio", "aiohttp"}
-    if path.parent.name == "analysis" and path.name != "second_opinion.py":
+    if ROOT / "analysis" in path.parents and path.name != "second_opinion.py":
         assert "default_rng" not in path.read_text()
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from analysis.batching import (
+from analysis.inference.slot_growth import growth
+from analysis.slot_models.batching import (
     RULES,
     BatchRun,
     Limits,
@@ -19,7 +20,6 @@ from analysis.batching import (
     run_batches,
     vanilla_vllm_rate,
 )
-from analysis.slot_growth import growth
 
 CODE_LLAMA = Staircase(11.28, 35.47, 128)
 

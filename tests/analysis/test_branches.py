@@ -8,7 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.branches import (
+from analysis.inference.capacity import backlogged_window, completions
+from analysis.inference.growth import critical_excursion, drift
+from analysis.inference.long_run import Stretch
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.frames import RunFrames
+from analysis.verdicts.branches import (
     Branches,
     bistable_band,
     branch_checks,
@@ -16,12 +21,7 @@ from analysis.branches import (
     judge_from_full,
     two_branches,
 )
-from analysis.capacity import backlogged_window, completions
-from analysis.estimate import Estimate
-from analysis.frames import RunFrames
-from analysis.growth import critical_excursion, drift
-from analysis.long_run import Stretch
-from analysis.verdict import RunJudgement, RunVerdict
+from analysis.verdicts.verdict import RunJudgement, RunVerdict
 from loadgen.records import LoadFidelity, Run, Start
 
 RATE = 8.0
@@ -215,7 +215,7 @@ def collapsing(rate: float, seed: int, preload: int = 0, slow: float = SLOW) -> 
 
 
 def judged(frames: RunFrames) -> RunJudgement:
-    """As `analysis.run_verdict` decides, at a theta of 10 %."""
+    """As `analysis.verdicts.run_verdict` decides, at a theta of 10 %."""
     rate = frames.run.arrival_rate
 
     def plain(start_s: float, end_s: float) -> tuple[Estimate, RunVerdict, str]:

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from analysis.calibration_lines import calibration_lines, pool_differs
-from analysis.figures_of_steps import step_time_figure
-from analysis.report_figures import calibration_group
-from analysis.report_tables import trust_tables
+from analysis.calibration.calibration_lines import calibration_lines, pool_differs
+from analysis.reports.figures_of_steps import step_time_figure
+from analysis.reports.report_figures import calibration_group
+from analysis.reports.report_tables import trust_tables
 
 DESIGNS = {"alone": (1, 30, 1), "short": (100, 2500, 100), "long": (8, 5000, 8)}
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.capacity import (
+from analysis.inference.capacity import (
     Backlog,
     HingePoint,
     backlogged_window,
@@ -16,13 +16,13 @@ from analysis.capacity import (
     work_of,
     work_served,
 )
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, EngineSample
-from analysis.evidence import work_demand
-from analysis.frames import RunFrames, run_frames
-from analysis.kv_demand import kv_demand_engine
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.schedulers.engine import EngineLimits, EngineSample
+from analysis.schedulers.frames import RunFrames, run_frames
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.kv_demand import kv_demand_engine
+from analysis.verdicts.evidence import work_demand
 from loadgen.arrivals import poisson
 from loadgen.records import RequestRecord, Run
 from loadgen.workload import Workload, declared, fixed, uniform

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.sglang import longest_request
-from analysis.simulate import Simulation, StepLog, simulate
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.sglang import longest_request
+from analysis.schedulers.simulate import Simulation, StepLog, simulate
+from analysis.schedulers.step_time import StepTime
 
 pytest.importorskip("numba")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.cohorts import Law, growth_per_iteration, run, spaced
-from analysis.congestion import (
+from analysis.theory.cohorts import Law, growth_per_iteration, run, spaced
+from analysis.theory.congestion import (
     CRITICAL_CV,
     bell,
     cohort_evictions,
@@ -19,7 +19,7 @@ from analysis.congestion import (
     tabled_critical_cv,
     worst_loss,
 )
-from analysis.spectrum import largest_root
+from analysis.theory.spectrum import largest_root
 from harness.congestion_truth import closed_forms, spectra
 
 LENGTHS = [(100, 100), (20, 200), (400, 40), (64, 64), (7, 1)]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.critical_rate import Prediction, digest, mixture_rate, predict
-from analysis.engine import EngineLimits
-from analysis.step_time import StepTime, StepTimeFit, exact_step_time
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, StepTimeFit, exact_step_time
+from analysis.theory.critical_rate import Prediction, digest, mixture_rate, predict
 from loadgen import workload as wl
 
 PAPER_LIMITS = EngineLimits(num_blocks=131_000, block_size=1, max_num_batched_tokens=512)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.cross_checks import CrossCheck, cross_checks
-from analysis.engine import EngineLimits
-from analysis.probe_readings import EngineWord, Iteration, ProbeResult, step_observation
-from analysis.probes import design_probes
-from analysis.simulate import Simulation, simulate
-from analysis.step_time import StepTime, fit_step_time
+from analysis.calibration.cross_checks import CrossCheck, cross_checks
+from analysis.calibration.probe_readings import EngineWord, Iteration, ProbeResult, step_observation
+from analysis.calibration.probes import design_probes
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import Simulation, simulate
+from analysis.schedulers.step_time import StepTime, fit_step_time
 from loadgen.workload import uniform
 
 LIMITS = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.engine import Engine, EngineLimits, Request, check_conservation
-from analysis.simulate import simulate
-from analysis.step_time import StepTime
-from analysis.vllm import VLLMEngine
+from analysis.schedulers.engine import Engine, EngineLimits, Request, check_conservation
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime
+from analysis.schedulers.vllm import VLLMEngine
 
 
 def run_to_end(engine: Engine, requests: list[Request], arrivals: list[int]) -> list[int]:

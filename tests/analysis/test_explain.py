@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.estimate import Estimate
-from analysis.evidence import Evidence
-from analysis.explain import Explanation, explain, share_of
-from analysis.explain_text import explanation_text
-from analysis.figures_of_explain import PIXELS_WIDE, explanation_png, explanation_svg, steps
-from analysis.judge import judge
-from analysis.reservation import reserving
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, StepTimeFit, exact_step_time
-from analysis.summary import WIDTH
-from analysis.waterfall import waterfall
+from analysis.numbers.estimate import Estimate
+from analysis.reports.explain_text import explanation_text
+from analysis.reports.figures_of_explain import PIXELS_WIDE, explanation_png, explanation_svg, steps
+from analysis.reports.summary import WIDTH
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, StepTimeFit, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.reservation import reserving
+from analysis.theory.waterfall import waterfall
+from analysis.verdicts.evidence import Evidence
+from analysis.verdicts.explain import Explanation, explain, share_of
+from analysis.verdicts.judge import judge
 from harness.rehearsal import SimulatedServer, offered
 from loadgen.arrivals import run_arrivals
 from loadgen.records import Run

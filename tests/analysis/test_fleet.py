@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.fleet import fleet_waits
-from analysis.simulate import simulate
-from analysis.step_time import StepTime
+from analysis.operation.fleet import fleet_waits
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime
 
 LAW = StepTime(b0_s=0.01, b1_s_per_token=1e-5, b2_s_per_kv_token=1e-7)
 VLLM = EngineLimits(num_blocks=64, block_size=16, max_num_batched_tokens=256)

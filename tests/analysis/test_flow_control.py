@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.flow_control import class_budgets_hold, mean_queue, needed_memory, overflow
-from analysis.slots import Load, run_slots
+from analysis.slot_models.slots import Load, run_slots
+from analysis.theory.flow_control import class_budgets_hold, mean_queue, needed_memory, overflow
 
 PROMPTS, OUTPUTS = np.array([10, 10, 10]), np.array([20, 40, 60])
 BUDGETS = np.array([4, 4, 4])

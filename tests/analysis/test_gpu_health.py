@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.gpu_health import gpu_warnings, whole_gpus
+from analysis.inference.gpu_health import gpu_warnings, whole_gpus
 
 START_NS = 100_000_000_000
 

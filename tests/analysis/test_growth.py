@@ -8,9 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from analysis.estimate import Estimate
-from analysis.frames import RunFrames
-from analysis.growth import (
+from analysis.inference.growth import (
     DRIFT_BATCHES,
     bartlett_quantile,
     critical_excursion,
@@ -23,6 +21,8 @@ from analysis.growth import (
     stability_power,
     why_no_slope,
 )
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.frames import RunFrames
 from loadgen.records import Run
 
 HORIZON_S = 1000.0
@@ -77,7 +77,7 @@ def drifts_at(load: float) -> dict[str, list[Estimate]]:
 
 
 def grows(estimate: Estimate) -> bool:
-    """The rule of `analysis.run_verdict`, for a service rate of 1."""
+    """The rule of `analysis.verdicts.run_verdict`, for a service rate of 1."""
     duration_s = HORIZON_S - 50.0
     by_chance = critical_excursion(1.0, duration_s, 0.95, 2.0)
     return estimate.low > 0 and estimate.value * duration_s > by_chance

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, EngineSample, SGLangRules
-from analysis.headroom import Headroom, headroom
-from analysis.headroom_text import headroom_lines
-from analysis.serving_window import CannotSay, assumed_law, passive_fit, serving_window
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.operation.headroom import Headroom, headroom
+from analysis.operation.headroom_text import headroom_lines
+from analysis.operation.serving_window import CannotSay, assumed_law, passive_fit, serving_window
+from analysis.schedulers.engine import EngineLimits, EngineSample, SGLangRules
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
 from loadgen.workload import Workload, uniform
 
 LIMITS = EngineLimits(num_blocks=256, block_size=16, max_num_seqs=128, max_num_batched_tokens=2048)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.implied_pool import implied_pool
-from analysis.probe_readings import ProbeResult
-from analysis.probes import design_probes
-from analysis.simulate import simulate
-from analysis.step_time import StepTime
+from analysis.calibration.implied_pool import implied_pool
+from analysis.calibration.probe_readings import ProbeResult
+from analysis.calibration.probes import design_probes
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime
 from loadgen.workload import uniform
 
 LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.verdict import EXIT_CODES, Verdict
+from analysis.verdicts.verdict import EXIT_CODES, Verdict
 from harness.config import load_config
 from harness.rehearsal import rehearse
 from harness.workload_config import FixedConfig, WorkloadConfig

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.kv_cache import (
+from analysis.theory.kv_cache import (
     ImpossibleCache,
     KvCache,
     MemoryTerm,
@@ -19,8 +19,8 @@ from analysis.kv_cache import (
     kv_budget,
     kv_cache,
 )
-from analysis.kv_pools import sglang_pool, vllm_pool
-from analysis.model_shape import LayerKind, ModelShape, UnknownShape, model_shape
+from analysis.theory.kv_pools import sglang_pool, vllm_pool
+from analysis.theory.model_shape import LayerKind, ModelShape, UnknownShape, model_shape
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRACES = Path(os.environ.get("CRITRATE_TRACES", ROOT.parent / "shared/traces"))

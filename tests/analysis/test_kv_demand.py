@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import kv_demand
-from analysis.engine import EngineLimits, Request
-from analysis.vllm import VLLMEngine
+from analysis.schedulers.engine import EngineLimits, Request
+from analysis.schedulers.vllm import VLLMEngine
+from analysis.theory import kv_demand
 
 
 def paper_footprints(s: int, o: int, chunk: int) -> list[int]:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import f_oneway
 
-from analysis.engine import EngineLimits
-from analysis.lack_of_fit import lack_of_fit
-from analysis.probe_readings import step_observation
-from analysis.probes import design_probes
-from analysis.simulate import simulate
-from analysis.step_time import StepObservation, StepTime, fit_step_time
+from analysis.calibration.probe_readings import step_observation
+from analysis.calibration.probes import design_probes
+from analysis.numbers.lack_of_fit import lack_of_fit
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepObservation, StepTime, fit_step_time
 from loadgen.workload import uniform
 
 LIMITS = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)

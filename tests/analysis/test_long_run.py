@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from analysis.estimate import Estimate
-from analysis.long_run import Stretch, bins_of, long_run_mean
+from analysis.inference.long_run import Stretch, bins_of, long_run_mean
+from analysis.numbers.estimate import Estimate
 
 TRIALS = 500
 FINE = 16

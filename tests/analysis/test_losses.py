@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.capacity import work_done
-from analysis.congestion import worst_loss
-from analysis.evidence import work_demand
-from analysis.losses import simulated_losses, slot_losses
-from analysis.simulate import simulate
-from analysis.slots import Load, evenly, run_slots
+from analysis.inference.capacity import work_done
+from analysis.schedulers.simulate import simulate
+from analysis.slot_models.slots import Load, evenly, run_slots
+from analysis.theory.congestion import worst_loss
+from analysis.verdicts.evidence import work_demand
+from analysis.verdicts.losses import simulated_losses, slot_losses
 from harness.error_rates import LAW, SETTINGS
 from loadgen.arrivals import poisson
 from loadgen.records import Run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from analysis.pace import PACE_LIMIT, Pace
+from analysis.calibration.pace import PACE_LIMIT, Pace
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import linregress, t
 
-from analysis.frames import RunFrames
-from analysis.peers import burn_down, burst_throughput, guidellm_stop_s, ols_grows
+from analysis.inference.peers import burn_down, burst_throughput, guidellm_stop_s, ols_grows
+from analysis.schedulers.frames import RunFrames
 from loadgen.records import Run
 
 Floats = NDArray[np.float64]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.policies import POLICIES
-from analysis.policy_rates import Law, eviction_free, growth_per_slot, stability, used_at_most
-from analysis.slot_growth import growth
-from analysis.slots import Load, evenly, run_slots
+from analysis.inference.slot_growth import growth
+from analysis.slot_models.policies import POLICIES
+from analysis.slot_models.slots import Load, evenly, run_slots
+from analysis.theory.policy_rates import (
+    Law,
+    eviction_free,
+    growth_per_slot,
+    stability,
+    used_at_most,
+)
 
 FIXED = Law(prompt_tokens=np.array([30]), output_tokens=np.array([30]), shares=np.array([1.0]))
 WIDE = Law(

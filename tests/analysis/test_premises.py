@@ -6,8 +6,8 @@ from typing import Any, cast
 import pandas as pd
 import pytest
 
-from analysis.frames import RunFrames
-from analysis.premises import _inexact
+from analysis.schedulers.frames import RunFrames
+from analysis.verdicts.premises import _inexact
 
 
 @pytest.mark.parametrize(

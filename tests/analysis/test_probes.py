@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits
-from analysis.kv_demand import kv_demand_engine, residence_steps
-from analysis.probe_readings import step_observation
-from analysis.probes import design_probes
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, fit_step_time
+from analysis.calibration.probe_readings import step_observation
+from analysis.calibration.probes import design_probes
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, fit_step_time
+from analysis.theory.kv_demand import kv_demand_engine, residence_steps
 from loadgen.workload import uniform
 
 LIMITS = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import ArrayLike
 from scipy.stats import norm, t
 
-from analysis.estimate import Estimate
-from analysis.regression import ALARM, LEAST_NIGHTS, POWER, NightAnswer, judge_nights
+from analysis.numbers.estimate import Estimate
+from analysis.operation.regression import ALARM, LEAST_NIGHTS, POWER, NightAnswer, judge_nights
 
 OWN = 0.006
 

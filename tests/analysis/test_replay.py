@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.engine import Engine, EngineLimits, Request, Step
-from analysis.recording import Recording, RecordingDamaged, recording_of
-from analysis.replay import agreement
-from analysis.scheduler import engine_of
+from analysis.schedulers.engine import Engine, EngineLimits, Request, Step
+from analysis.schedulers.recording import Recording, RecordingDamaged, recording_of
+from analysis.schedulers.replay import agreement
+from analysis.schedulers.scheduler import engine_of
 
 RECORDINGS = Path(__file__).parent / "real_steps"
 SMALL = EngineLimits(num_blocks=24, block_size=4, max_num_seqs=8, max_num_batched_tokens=32)

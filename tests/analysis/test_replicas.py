@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.capacity import backlogged_window, work_served
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.evidence import work_demand
-from analysis.frames import RunFrames, number_in_system
-from analysis.imbalance import imbalance, last_seen
-from analysis.long_run import Stretch, long_run_mean
-from analysis.replicas import added_up, slowest, sum_of, thinned, together, whole_rate
-from analysis.simulate import simulate
-from analysis.step_time import StepTime
+from analysis.inference.capacity import backlogged_window, work_served
+from analysis.inference.imbalance import imbalance, last_seen
+from analysis.inference.long_run import Stretch, long_run_mean
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.frames import RunFrames, number_in_system
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime
+from analysis.verdicts.evidence import work_demand
+from analysis.verdicts.replicas import added_up, slowest, sum_of, thinned, together, whole_rate
 from loadgen.records import Run
 from loadgen.workload import uniform
 

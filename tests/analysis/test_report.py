@@ -12,18 +12,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate, ratio
-from analysis.figure_style import spread, thin
-from analysis.figures import engine_over_time, gpu_over_time
-from analysis.formatting import NO_BREAK, NOT_MEASURED, estimate_text, grouped, plus_minus, seconds
-from analysis.frames import RunFrames, run_frames
-from analysis.growth import drift
-from analysis.pace import Pace
-from analysis.report import ReportContext, report_html, report_md
-from analysis.simulate import simulate
-from analysis.step_time import StepTime
-from analysis.verdict import (
+from analysis.calibration.pace import Pace
+from analysis.inference.growth import drift
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.numbers.formatting import (
+    NO_BREAK,
+    NOT_MEASURED,
+    estimate_text,
+    grouped,
+    plus_minus,
+    seconds,
+)
+from analysis.reports.figure_style import spread, thin
+from analysis.reports.figures import engine_over_time, gpu_over_time
+from analysis.reports.report import ReportContext, report_html, report_md
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.frames import RunFrames, run_frames
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime
+from analysis.verdicts.verdict import (
     EXIT_CODES,
     AssumedObserved,
     Check,

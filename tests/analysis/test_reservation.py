@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.reservation import (
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.reservation import (
     declared_to_come,
     reserved_demand,
     reserving,
     saturated_ratio,
     usable_tokens,
 )
-from analysis.second_opinion import simulated_rate
-from analysis.step_time import StepTime, exact_step_time
-from analysis.waterfall import waterfall
+from analysis.theory.waterfall import waterfall
+from analysis.verdicts.second_opinion import simulated_rate
 from loadgen.workload import Workload, declared, fixed, uniform
 
 LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7, b3_s_per_request=1e-5)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from analysis.estimate import Estimate
-from analysis.roofline import DATA_SHEET_SHARE, DATA_SHEETS, MOST_GPUS, Rates, roofline
+from analysis.numbers.estimate import Estimate
+from analysis.theory.roofline import DATA_SHEET_SHARE, DATA_SHEETS, MOST_GPUS, Rates, roofline
 
 TRACES = Path(os.environ.get("CRITRATE_TRACES", "../shared/traces"))
 A100 = DATA_SHEETS["NVIDIA A100-SXM4-80GB"]

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.evidence import Evidence, MeasuredRun
-from analysis.frames import run_frames
-from analysis.judge import judge
-from analysis.run_verdict import capacity, judge_run
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.frames import run_frames
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.evidence import Evidence, MeasuredRun
+from analysis.verdicts.judge import judge
+from analysis.verdicts.run_verdict import capacity, judge_run
 from loadgen.arrivals import poisson
 from loadgen.fidelity import fidelity
 from loadgen.records import Run

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits
-from analysis.search_result import search_lines, search_result
-from analysis.search_rule import Design, Search, advance, batches, begin, capacity
-from analysis.sequential import EMPTY, Look
-from analysis.step_time import StepTime
+from analysis.inference.search_rule import Design, Search, advance, batches, begin, capacity
+from analysis.inference.sequential import EMPTY, Look
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime
+from analysis.verdicts.search_result import search_lines, search_result
 from harness.rehearsal import SimulatedServer
 from harness.search_rehearsal import Rehearsal, design_for, rehearse_search
 from loadgen.workload import uniform

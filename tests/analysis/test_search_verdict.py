@@ -2,13 +2,13 @@
 
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.prediction import Prediction
-from analysis.search_result import SearchOutcome, SearchResult
-from analysis.search_verdict import search_verdict, verdict_lines
-from analysis.step_time import StepTime, exact_step_time
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.search_result import SearchOutcome, SearchResult
+from analysis.verdicts.search_verdict import search_verdict, verdict_lines
 from loadgen.workload import uniform
 
 LIMITS = EngineLimits(num_blocks=256, block_size=16, max_num_seqs=256, max_num_batched_tokens=2048)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.second_opinion import simulated_rate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.second_opinion import simulated_rate
 from loadgen import workload as wl
 
 LINEAR = StepTime(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from analysis.sequential import (
+from analysis.inference.sequential import (
     EMPTY,
     MIN_BATCHES,
     STUDENT_LEVEL,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from scipy.linalg import expm
 
-from analysis.estimate import Estimate
-from analysis.evidence import Evidence, MeasuredRun
-from analysis.figures_of_settling import implied
-from analysis.judge import judge
-from analysis.report import ReportContext, report_html, report_md
-from analysis.settling import Queue, Settling, near_critical, settling, stays_below
-from analysis.summary import WIDTH, summary_lines
+from analysis.numbers.estimate import Estimate
+from analysis.reports.figures_of_settling import implied
+from analysis.reports.report import ReportContext, report_html, report_md
+from analysis.reports.summary import WIDTH, summary_lines
+from analysis.verdicts.evidence import Evidence, MeasuredRun
+from analysis.verdicts.judge import judge
+from analysis.verdicts.settling import Queue, Settling, near_critical, settling, stays_below
 from harness import rehearsal
 from harness.config import load_config
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.engine import EngineLimits, Request, SGLangRules, Step, check_conservation
-from analysis.sglang import SGLangEngine, longest_request
+from analysis.schedulers.engine import EngineLimits, Request, SGLangRules, Step, check_conservation
+from analysis.schedulers.sglang import SGLangEngine, longest_request
 
 RECORDINGS = Path(__file__).parent / "sglang"
 

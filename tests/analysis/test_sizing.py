@@ -8,9 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits
-from analysis.estimate import Estimate
-from analysis.sizing import (
+from analysis.numbers.estimate import Estimate
+from analysis.operation.sizing import (
     ANCHORS,
     SHARES,
     Allowed,
@@ -23,8 +22,9 @@ from analysis.sizing import (
     smallest_fleet,
     squared_variation,
 )
-from analysis.slo import Draws
-from analysis.step_time import StepTime
+from analysis.operation.slo import Draws
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime
 
 REQUESTS = 6_000
 EXACT = Estimate.exact(10.0, "req/s", "stated")

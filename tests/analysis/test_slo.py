@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.slo import WIDTH, Draws, largest_share, mean_ttft, ttft_s
-from analysis.step_time import StepTime, exact_step_time
+from analysis.operation.slo import WIDTH, Draws, largest_share, mean_ttft, ttft_s
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
 from loadgen.workload import uniform
 
 LIMITS = EngineLimits(num_blocks=32, block_size=16, max_num_seqs=16, max_num_batched_tokens=512)

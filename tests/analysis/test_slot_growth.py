@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.slot_growth import growth
+from analysis.inference.slot_growth import growth
 
 SLOTS, TRIALS, SEEDS = 2000, 250, 3
 

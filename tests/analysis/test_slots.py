@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from analysis.policies import POLICIES
-from analysis.slots import Load, SlotRun, check_conservation, evenly, run_slots
+from analysis.slot_models.policies import POLICIES
+from analysis.slot_models.slots import Load, SlotRun, check_conservation, evenly, run_slots
 
 MEMORY = 400
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.spectrum import Root, largest_root, survival_weights
+from analysis.theory.spectrum import Root, largest_root, survival_weights
 
 ONE = np.ones(1)
 

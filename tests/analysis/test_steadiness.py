@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from analysis.audit import STEP_BATCHES, Saturation
-from analysis.capacity import Backlog
-from analysis.steadiness import HELD_BACK, THROTTLE_REASONS, changes, clocks, steady
+from analysis.inference.capacity import Backlog
+from analysis.verdicts.audit import STEP_BATCHES, Saturation
+from analysis.verdicts.steadiness import HELD_BACK, THROTTLE_REASONS, changes, clocks, steady
 
 THETA = 0.10
 STEP_S = 0.02

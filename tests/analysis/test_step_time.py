@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.step_time import (
+from analysis.schedulers.step_time import (
     StepObservation,
     StepTime,
     StepTimeFit,

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from analysis.estimate import Estimate, ratio
-from analysis.formatting import NOT_MEASURED
-from analysis.summary import WIDTH, summary, summary_lines
-from analysis.verdict import EXIT_CODES, NamedEstimate, RunJudgement, Verdict
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.numbers.formatting import NOT_MEASURED
+from analysis.reports.summary import WIDTH, summary, summary_lines
+from analysis.verdicts.verdict import EXIT_CODES, NamedEstimate, RunJudgement, Verdict
 from loadgen.records import FidelityCheck, LoadFidelity
 
 FIDELITY = LoadFidelity(

@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import report_figures
-from analysis.critical_rate import predict
-from analysis.evidence import MeasuredRun
-from analysis.frames import RunFrames
-from analysis.judge import judge
-from analysis.report import ReportContext, report_md
-from analysis.simulate import simulate
-from analysis.step_time import exact_step_time
-from analysis.summary import summary_lines
-from analysis.synchrony import Waves, completion_waves, synchrony
-from analysis.verdict import Verdict
+from analysis.inference.synchrony import Waves, completion_waves, synchrony
+from analysis.reports import report_figures
+from analysis.reports.report import ReportContext, report_md
+from analysis.reports.summary import summary_lines
+from analysis.schedulers.frames import RunFrames
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.evidence import MeasuredRun
+from analysis.verdicts.judge import judge
+from analysis.verdicts.verdict import Verdict
 from harness.error_rates import LAW, SETTINGS, evidence_of
 from harness.rehearsal import offered
 from harness.synchrony_runs import ALIKE, WIDE, one_word, root_of, setting_named, spread_name

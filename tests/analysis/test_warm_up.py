@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from analysis.frames import RunFrames
-from analysis.warm_up import mser_cut, settled_s, warm_up_warning
+from analysis.inference.warm_up import mser_cut, settled_s, warm_up_warning
+from analysis.schedulers.frames import RunFrames
 from loadgen.records import Run
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.second_opinion import simulated_rate
-from analysis.step_time import StepTime, exact_step_time
-from analysis.what_to_change import MOST_FACTOR, what_to_change
+from analysis.operation.what_to_change import MOST_FACTOR, what_to_change
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.second_opinion import simulated_rate
 from loadgen.workload import uniform
 
 LAW = uniform((16, 112), (16, 112))

@@ -10,10 +10,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from analysis.engine import EngineLimits
-from analysis.judge import judge
-from analysis.simulate import Simulation, simulate
-from analysis.step_time import exact_step_time
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import Simulation, simulate
+from analysis.schedulers.step_time import exact_step_time
+from analysis.verdicts.judge import judge
 from harness.analyse import load_evidence
 from harness.config import ExperimentConfig, load_config
 from harness.predict import predictions

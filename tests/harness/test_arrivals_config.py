@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.critical_rate import predict
-from analysis.evidence import variance_ratio
-from analysis.growth import DRIFT_BATCHES, growth_power, needed_requests
-from analysis.prediction import Prediction
-from analysis.run_verdict import judge_run
-from analysis.settling import near_critical
-from analysis.step_time import exact_step_time
+from analysis.inference.growth import DRIFT_BATCHES, growth_power, needed_requests
+from analysis.schedulers.step_time import exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.theory.prediction import Prediction
+from analysis.verdicts.evidence import variance_ratio
+from analysis.verdicts.run_verdict import judge_run
+from analysis.verdicts.settling import near_critical
 from harness.config import ConfigError, ExperimentConfig, load_config
 from harness.error_rates import SETTINGS, evidence_of
 from harness.plan import GROWTH_POWER, HorizonTooShort, Plan, make_plan

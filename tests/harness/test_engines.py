@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 import aiohttp
 import pytest
 
-from analysis.engine import EngineSample
+from analysis.schedulers.engine import EngineSample
 from harness.engine_metrics import engine_sample, parse_metrics
 from harness.engines import ENGINES, MOCK, MOCK_SGLANG, SGLANG, VLLM, MissingMetric
 from harness.limits_vllm import read_vllm_limits

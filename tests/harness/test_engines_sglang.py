@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from analysis.engine import EngineSample, SGLangRules
+from analysis.schedulers.engine import EngineSample, SGLangRules
 from harness.config import ConfigError, ExperimentConfig
 from harness.engine_metrics import engine_sample
 from harness.engines import SGLANG, MissingMetric

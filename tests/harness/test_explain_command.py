@@ -12,10 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
 from harness.cli import app
 from harness.config import load_config
 from harness.predict import predictions

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.branches import Branches
-from analysis.summary import summary_lines
+from analysis.reports.summary import summary_lines
+from analysis.verdicts.branches import Branches
 from harness.config import load_config
 from harness.error_rates import Known, known
 from harness.full_starts import SETTINGS, branches, capacities

@@ -17,11 +17,11 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from analysis.engine import EngineLimits, EngineSample
-from analysis.headroom import headroom
-from analysis.serving_window import serving_window
-from analysis.simulate import simulate
-from analysis.step_time import StepTime
+from analysis.operation.headroom import headroom
+from analysis.operation.serving_window import serving_window
+from analysis.schedulers.engine import EngineLimits, EngineSample
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime
 from harness.change_line import to_raise_it
 from harness.cli import app
 from harness.config import ConfigError, ServerConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.estimate import Estimate
+from analysis.numbers.estimate import Estimate
 from harness.hypotheses import TESTS
 from harness.hypotheses_page import page, real_verdicts
 from harness.hypothesis_config import load_hypothesis
@@ -77,8 +77,8 @@ def test_the_page_is_what_the_results_say() -> None:
 
 
 def test_small_runs_end_as_the_theory_says() -> None:
-    """H7's fixed lengths: a cap at x* evicts nobody. H9: bursts leave the critical rate alone and lengthen
-    the queue. H10: the engine's g is what a request holds."""
+    """H7's fixed lengths: a cap at x* evicts nobody. H9: bursts leave the critical rate alone and
+    lengthen the queue. H10: the engine's g is what a request holds."""
     pytest.importorskip("numba")
     by_name = {path.stem: load_hypothesis(path) for path in CONFIGS}
     seven = by_name["h7"]

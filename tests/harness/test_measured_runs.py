@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.growth import why_no_slope
-from analysis.simulate import Simulation, simulate
-from analysis.step_time import StepTime, exact_step_time
+from analysis.inference.growth import why_no_slope
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import Simulation, simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
 from harness.measured_runs import (
     MeasuredServer,
     backlog_after_one_residence,

@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from analysis.engine import EngineLimits, check_conservation
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, check_conservation
+from analysis.schedulers.step_time import StepTime
 from harness.mock import MockConfig, PacedEngine
 from tests.harness import served
 from tests.harness.served import Talk, events
@@ -405,8 +405,8 @@ def test_run_mock_announces_itself_and_stops_on_sigterm(tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
     code = (
         "from pathlib import Path; import sys\n"
-        "from analysis.engine import EngineLimits\n"
-        "from analysis.step_time import StepTime\n"
+        "from analysis.schedulers.engine import EngineLimits\n"
+        "from analysis.schedulers.step_time import StepTime\n"
         "from harness.mock import MockConfig\n"
         "from harness.mock_http import run_mock\n"
         "limits = EngineLimits(num_blocks=64, block_size=16)\n"

@@ -12,10 +12,10 @@ import aiohttp
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits, Request, SGLangRules, Step
-from analysis.scheduler import engine_of
-from analysis.simulate import SECOND_NS, Simulation, simulate
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, Request, SGLangRules, Step
+from analysis.schedulers.scheduler import engine_of
+from analysis.schedulers.simulate import SECOND_NS, Simulation, simulate
+from analysis.schedulers.step_time import StepTime
 from harness.mock import MockConfig
 from harness.mock_http import serve
 

@@ -12,9 +12,9 @@ import aiohttp
 import numpy as np
 import pytest
 
-from analysis.engine import EngineLimits, Request, SGLangRules, Step
-from analysis.sglang import SGLangEngine, longest_request
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, Request, SGLangRules, Step
+from analysis.schedulers.sglang import SGLangEngine, longest_request
+from analysis.schedulers.step_time import StepTime
 from harness.engine_metrics import engine_sample
 from harness.engines import MOCK_SGLANG
 from harness.mock import MockConfig, SGLangSettings

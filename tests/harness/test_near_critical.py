@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.evidence import MeasuredRun
-from analysis.frames import run_frames
-from analysis.step_time import StepTime
+from analysis.schedulers.frames import run_frames
+from analysis.schedulers.step_time import StepTime
+from analysis.verdicts.evidence import MeasuredRun
 from harness import near_critical
 from harness.error_rates import SETTINGS, Known, known
 from harness.near_critical import highest_exponent, near_runs

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from rich.console import Console
 
-from analysis.engine import EngineLimits, EngineSample
+from analysis.schedulers.engine import EngineLimits, EngineSample
 from harness import offer as offers
 from harness.config import ExperimentConfig
 from harness.display import Countdown, Display

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.estimate import Estimate
-from analysis.roofline import DATA_SHEETS, MEASURED_SHARE
+from analysis.numbers.estimate import Estimate
+from analysis.theory.roofline import DATA_SHEETS, MEASURED_SHARE
 from harness import predict
 from harness.cli import main
 from harness.config import ConfigError, ExperimentConfig, load_config

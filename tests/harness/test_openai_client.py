@@ -11,8 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTime
 from harness.mock import MockConfig
 from harness.mock_http import serve
 

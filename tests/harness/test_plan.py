@@ -2,10 +2,10 @@
 
 import pytest
 
-from analysis.critical_rate import predict
-from analysis.engine import EngineLimits
-from analysis.evidence import variance_ratio
-from analysis.step_time import StepTime, exact_step_time
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.evidence import variance_ratio
 from harness.plan import (
     Plan,
     StartOption,

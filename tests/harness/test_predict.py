@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.estimate import Estimate
+from analysis.numbers.estimate import Estimate
 from harness import predict
 from harness.config import ConfigError, ExperimentConfig, load_config
 from harness.predict import offline_predictions

@@ -17,12 +17,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from analysis.engine import EngineLimits
-from analysis.replica_tables import imbalance_table, rates_table
-from analysis.simulate import simulate
-from analysis.step_time import StepTime, exact_step_time
-from analysis.summary import summary_lines
-from analysis.verdict import Verdict
+from analysis.reports.replica_tables import imbalance_table, rates_table
+from analysis.reports.summary import summary_lines
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.verdicts.verdict import Verdict
 from harness.analyse import load_evidence
 from harness.calibrate import Calibration
 from harness.cli import app

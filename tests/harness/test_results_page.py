@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.estimate import Estimate
+from analysis.numbers.estimate import Estimate
 from harness.evidence_rows import SIMULATED, Row, read_row, simulate_set_law
 from harness.results_page import line, page
 from harness.store import Store

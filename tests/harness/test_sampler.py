@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from analysis.engine import EngineLimits, EngineSample
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, EngineSample
+from analysis.schedulers.step_time import StepTime
 from harness.engines import MOCK, VLLM, MissingMetric
 from harness.gpu_reader import GpuEvent, GpuReader, GpuSample, Reading
 from harness.limits import read_limits

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.step_time import StepTime
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTime
 from harness.mock import MockConfig, SGLangSettings
 from loadgen.exchange import TokenStream
 from tests.harness import served

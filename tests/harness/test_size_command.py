@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.sizing import CannotSize
+from analysis.operation.sizing import CannotSize
 from harness.sections import ConfigError
 from harness.size_command import answer, cost, text_lines
 from harness.size_source import Replica, changed, replica_of, scaled_fit

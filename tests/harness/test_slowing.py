@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.summary import summary_lines
-from analysis.verdict import Verdict
+from analysis.reports.summary import summary_lines
+from analysis.verdicts.verdict import Verdict
 from harness.error_rates import Known, experiment, known
 from harness.slowing import SERVERS, Drift, Shape, drifting
 from loadgen.records import Run

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.engine import EngineSample
-from analysis.frames import run_frames
+from analysis.schedulers.engine import EngineSample
+from analysis.schedulers.frames import run_frames
 from harness.gpu_reader import GpuSample
 from harness.store import (
     DamagedRecord,

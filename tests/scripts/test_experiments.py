@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from analysis.engine import EngineLimits, SGLangRules
-from analysis.step_time import StepTime, exact_step_time
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTime, exact_step_time
 from harness.config import load_config
 from harness.plan import make_plan
 from harness.predict import claimed

@@ -1,0 +1,1 @@
+"""From probes to the step time and the ceilings of a server."""

@@ -1,0 +1,1 @@
+"""From what a run shows to estimates with honest errors."""

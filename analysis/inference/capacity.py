@@ -1,0 +1,258 @@
+"""At what rate does a server serve while its queue is never empty? By work, by count, and by the hinge.
+
+Counting completions takes in which lengths happened to be served; work leaves it out (theory.md 6.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+from analysis.inference.growth import batch_edges
+from analysis.inference.long_run import Stretch, bins_of
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.quantiles import chi2_quantile, student_quantile
+from analysis.schedulers.frames import RunFrames, tokens_received
+
+Number = TypeVar("Number", float, NDArray[np.float64])
+
+CAPACITY_BATCHES = 10
+UNITS = {
+    "kv_cache": "KV demand served",
+    "output_reservation": "KV demand with its reservation served",
+    "max_num_batched_tokens": "tokens computed",
+    "max_num_seqs": "output tokens served",
+}
+
+
+def kv_work(prompt_tokens: Number, tokens: Number) -> Number:
+    """KV demand served, in token-steps, of a request that has so many of its output tokens.
+
+    s*j + j*(j-1)/2: the prompt's step holds s tokens, each later step one more (theory.md 1.1, engine
+    convention, whole prompt in one step).
+    """
+    return prompt_tokens * tokens + tokens * (tokens - 1.0) / 2.0
+
+
+def work_of(
+    binding: str,
+    prompt_tokens: NDArray[np.float64],
+    max_tokens: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """What a request with so many of its output tokens has taken of the resource that is short.
+
+    ``binding``: "kv_cache", KV demand in token-steps (`kv_work`); "output_reservation", the same with
+    the declared ``max_tokens`` held from the second token on; "max_num_batched_tokens", tokens computed;
+    "max_num_seqs", steps. The prompt counts with the first token; nothing is taken before it.
+    """
+    if binding == "kv_cache":
+        return kv_work(prompt_tokens, tokens)
+    begun = np.minimum(tokens, 1.0)
+    if binding == "output_reservation":
+        return np.asarray((prompt_tokens + max_tokens - 1.0) * (tokens - begun))
+    if binding == "max_num_batched_tokens":
+        return np.asarray((prompt_tokens - 1.0) * begun + tokens)
+    return tokens
+
+
+def work_done(
+    frames: RunFrames, at_s: NDArray[np.float64], binding: str = "kv_cache"
+) -> NDArray[np.float64]:
+    """Work served until each instant, in the unit of ``binding`` (`work_of`), shape of ``at_s``."""
+    prompt, declared = (
+        frames.per_request(column)[frames.started, None]
+        for column in ("prompt_tokens", "max_tokens")
+    )
+    tokens = tokens_received(frames, at_s)
+    result: NDArray[np.float64] = work_of(binding, prompt, declared, tokens).sum(axis=0)
+    return result
+
+
+def service_rates(
+    work: NDArray[np.float64], edges_s: NDArray[np.float64], demand: float
+) -> NDArray[np.float64]:
+    """Requests per second served between neighbouring edges: work over its mean per request.
+
+    ``work`` is what was served until each edge, shape (n,); ``demand`` is the mean of the designed law
+    in the same unit. Shape (n - 1,).
+    """
+    rates: NDArray[np.float64] = np.diff(work) / np.diff(edges_s) / demand
+    return rates
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """The stretch of a run in which the waiting queue was never seen empty."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
+    """Longest suffix-to-gap stretch after ``start_s`` with waiting > 0 in every sample; None if none."""
+    seen_s = frames.per_sample("t_s")
+    inside = (seen_s >= start_s) & (seen_s <= frames.end_s)
+    times = seen_s[inside]
+    waiting = frames.per_sample("waiting")[inside] > 0
+    best: Backlog | None = None
+    begin: int | None = None
+    for i, busy in enumerate([*waiting.tolist(), False]):
+        if busy and begin is None:
+            begin = i
+        elif not busy and begin is not None:
+            stretch = Backlog(float(times[begin]), float(times[i - 1]))
+            if best is None or stretch.duration_s > best.duration_s:
+                best = stretch
+            begin = None
+    return best
+
+
+def work_served(
+    frames: RunFrames, window: Backlog, demand: float, binding: str = "kv_cache"
+) -> Stretch:
+    """Saturated service rate from work served, in requests per second (theory.md 6.3).
+
+    ``demand`` is the mean of the designed law in the unit of ``binding`` (`work_of`). The mix of lengths
+    that happened to be served drops out, so that the error is several times smaller than that of
+    counting, most of all in the unit of the resource that is short. In the long run all agree.
+    """
+    residences = window.duration_s / frames.mean_residence_s
+    edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
+    rates = service_rates(
+        _put_right(frames, edges, work_done(frames, edges, binding)), edges, demand
+    )
+    method = f"{UNITS[binding]} under backlog over its mean per request"
+    return Stretch(rates, window.duration_s, residences, "req/s", method)
+
+
+def _put_right(
+    frames: RunFrames, edges_s: NDArray[np.float64], work: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``work`` by even progress less that of the tokens which this is ahead of the engine's own counter.
+
+    A preempted request stands still: spread over its residence its tokens come too early, but for those
+    that still stand at the end of a run. The tokens weigh as much as a mean one between the first and
+    the last edge. The edges lie within the samples. Unchanged where the counter was not recorded or
+    stood still.
+    """
+    if "generation_tokens" not in frames.engine:
+        return work
+    counted = np.interp(edges_s, frames.per_sample("t_s"), frames.per_sample("generation_tokens"))
+    if counted[-1] <= counted[0]:
+        return work
+    tokens = tokens_received(frames, edges_s).sum(axis=0)
+    per_token = (work[-1] - work[0]) / max(tokens[-1] - tokens[0], 1.0)
+    return np.asarray(work - (tokens - counted) * per_token)
+
+
+def completions(frames: RunFrames, window: Backlog) -> Stretch:
+    """Saturated service rate by counting, in requests per second."""
+    instants = np.sort(frames.per_request("last_token_s")[frames.completed])
+    residences = window.duration_s / frames.mean_residence_s
+    edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
+    rates = np.diff(np.searchsorted(instants, edges)) / np.diff(edges)
+    return Stretch(rates, window.duration_s, residences, "req/s", "completions under backlog")
+
+
+def capacity_by_regression(
+    frames: RunFrames, window: Backlog, kv_demand: float, batches: int = CAPACITY_BATCHES
+) -> Estimate:
+    """Saturated service rate from completions, with what was served and offered as control variates.
+
+    Completions per batch are regressed on two quantities whose means are known: the KV demand of the
+    completed beyond ``kv_demand`` each, and the arrivals beyond the designed rate; the rate is that at
+    the means (theory.md 6.3). The first is a sum and not a mean, since the mean of a random number of
+    requests is biased.
+
+    Raises ValueError with fewer than four batches.
+    """
+    if batches < 4:
+        raise ValueError(f"a regression on two variates needs four batches or more, got {batches}")
+    edges = batch_edges(window.start_s, window.end_s, batches)
+    prompt, tokens, left_s = (
+        frames.per_request(column)[frames.completed]
+        for column in ("prompt_tokens", "output_tokens", "last_token_s")
+    )
+    excess = kv_work(prompt, tokens) / kv_demand - 1.0
+    arrived, completed, beyond = (
+        np.histogram(instants, edges, weights=weights)[0] / np.diff(edges)
+        for instants, weights in (
+            (frames.per_request("scheduled_s"), None),
+            (left_s, None),
+            (left_s, excess),
+        )
+    )
+    variates = np.column_stack([np.ones(batches), beyond, arrived - frames.run.arrival_rate])
+    # A pseudo-inverse leaves out a variate that does not vary, as that of fixed lengths.
+    inverse = np.linalg.pinv(variates.T @ variates)
+    coefficients = inverse @ variates.T @ completed
+    residual = completed - variates @ coefficients
+    freedom = batches - int(np.linalg.matrix_rank(variates))
+    variance = float(residual @ residual) / freedom * float(inverse[0, 0])
+    half = student_quantile(0.975, freedom) * math.sqrt(variance)
+    value = float(coefficients[0])
+    method = f"completions under backlog given lengths and arrivals, {batches} batches"
+    return Estimate(value, value - half, value + half, 0.95, "req/s", method)
+
+
+@dataclass(frozen=True, slots=True)
+class HingePoint:
+    """One run in the hinge fit: realised arrival rate and drift, requests per second."""
+
+    arrival_rate: float
+    drift: float
+    standard_error: float
+
+
+def hinge(points: Sequence[HingePoint]) -> Estimate | None:
+    """Critical rate from drift = max(0, arrival rate - critical rate), weighted least squares.
+
+    The interval holds all rates whose chi-square exceeds the minimum by the 95 % quantile of one
+    degree of freedom, widened by the root of the reduced chi-square where the fit is poor. None when
+    no run grew, since then any rate above the highest one fits equally well.
+    """
+    if not any(p.drift > 2 * p.standard_error for p in points):
+        return None
+    rates = np.array([p.arrival_rate for p in points])
+    drifts = np.array([p.drift for p in points])
+    errors = np.maximum(np.array([p.standard_error for p in points]), 1e-9)
+
+    def misfit(critical: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Chi-square of each of the critical rates, shape (n,)."""
+        beyond = np.maximum(0.0, rates - critical[:, None])
+        return np.asarray((((drifts - beyond) / errors) ** 2).sum(axis=1))
+
+    low, high = float((rates - drifts).min()), float(rates.max())
+    pad = max(high - low, 1e-6)
+    grid = np.linspace(max(low - pad, 0.0), high, 801)
+    over_grid = misfit(grid)
+    start = grid[int(np.argmin(over_grid))]
+    step = grid[1] - grid[0]
+    best = minimize_scalar(
+        lambda critical: float(misfit(np.array([critical]))[0]),
+        bounds=(start - step, start + step),
+        method="bounded",
+    )
+    value = float(best.x)
+    inflation = max(1.0, float(best.fun) / max(len(points) - 1, 1))
+    limit = float(best.fun) + chi2_quantile(0.95, 1) * inflation
+    inside = grid[over_grid <= limit].tolist()
+    return Estimate(
+        value,
+        min([value, *inside]),
+        max([value, *inside]),
+        0.95,
+        "req/s",
+        f"hinge max(0, arrival rate - critical rate) over {len(points)} runs",
+    )

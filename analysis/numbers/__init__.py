@@ -1,0 +1,1 @@
+"""Numbers with their uncertainty, quantiles of the usual laws, and how both are written."""

@@ -1,0 +1,1 @@
+"""From a verdict to operation: room left, what to change, how many replicas, every night."""

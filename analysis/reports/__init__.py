@@ -1,0 +1,1 @@
+"""Tables, figures and sentences for a reader. Nothing is computed here."""

@@ -1,0 +1,96 @@
+"""The picture of a calibration: what each design took, the fitted law, and where it is taken to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from analysis.numbers.estimate import Estimate
+from analysis.numbers.formatting import estimate_text
+from analysis.numbers.quantiles import student_quantile
+from analysis.reports.figure_style import INK, MEASURED, MUTED, PREDICTED, WIDTH_IN, draw, spread
+
+Floats = NDArray[np.float64]
+
+
+def step_time_figure(record: Mapping[str, Any]) -> str | None:
+    """Measured over fitted step time per design, relative residuals below, the saturated point.
+
+    None for a record without named designs. Bars are 95 % intervals of a design's mean, from the
+    scatter of all repeats; the saturated point has its own.
+    """
+    seen = [o for o in record.get("observations", ()) if o.get("probe")]
+    if not seen or "fit" not in record:
+        return None
+    names = list(dict.fromkeys(str(o["probe"]) for o in seen))
+    fitted, off, half = _by_design(seen, names, record["fit"]["law"])
+    point = record.get("saturated")
+    step = None if not point else Estimate.from_dict(point["step_time_s"]).scaled(1e3, "ms")
+
+    def paint(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
+        _paint_steps(above, names, fitted, off, half, step)
+        below.axhline(0.0, color=MUTED, linewidth=0.8)
+        below.errorbar(fitted, 100 * off, 100 * half, fmt="o", color=PREDICTED, markersize=4)
+        if step is not None:
+            low, high = (100 * (x / step.value - 1) for x in (step.low, step.high))
+            below.plot([step.value] * 2, [low, high], color=MEASURED, linewidth=2.2)
+            below.plot([step.value], [0.0], "D", color=MEASURED, markersize=5)
+        below.set(xlabel="fitted step time (ms)", ylabel="off the law (%)")
+        figure.align_ylabels()
+
+    return draw(WIDTH_IN, 4.4, "Measured against fitted step time per design of probe", paint)
+
+
+def _by_design(
+    seen: list[Mapping[str, Any]], names: list[str], law: Mapping[str, Any]
+) -> tuple[Floats, Floats, Floats]:
+    """Fitted ms per step, mean relative residual and half its 95 % interval; shape (designs,) each."""
+    sums = np.array([[o["steps"], o["tokens"], o["kv_tokens"], o["running"]] for o in seen])
+    keys = ("b0_s", "b1_s_per_token", "b2_s_per_kv_token", "b3_s_per_request")
+    fitted_s = sums @ np.array([float(law[key]) for key in keys])
+    residual = np.array([o["duration_s"] for o in seen]) / fitted_s - 1.0
+    owner = np.array([names.index(str(o["probe"])) for o in seen])
+    counts = np.bincount(owner)
+    off = np.bincount(owner, residual) / counts
+    fitted = 1e3 * np.bincount(owner, fitted_s / sums[:, 0]) / counts
+    dof = len(seen) - len(names)
+    if dof < 1:
+        return fitted, off, np.zeros(len(names))
+    scatter = np.sqrt(np.sum((residual - off[owner]) ** 2) / dof)
+    return fitted, off, student_quantile(0.975, dof) * scatter / np.sqrt(counts)
+
+
+def _paint_steps(
+    axes: Axes, names: list[str], fitted: Floats, off: Floats, half: Floats, step: Estimate | None
+) -> None:
+    measured = fitted * (1 + off)
+    ends = [fitted.min(), fitted.max()] + ([] if step is None else [step.value])
+    margin = 0.05 * (max(ends) - min(ends) or max(ends))
+    line = [min(ends) - margin, max(ends) + margin]
+    axes.plot(line, line, color=INK, linewidth=0.9)
+    axes.errorbar(fitted, measured, fitted * half, fmt="o", color=PREDICTED, markersize=4)
+    axes.set(ylabel="measured step time (ms)", xlim=line)
+    # Names stand right of their points, moved apart, inside the half below the line.
+    low, high = axes.get_ylim()
+    places = spread(list(measured), 0.062 * (high - low))
+    for name, x, y, place in zip(names, fitted, measured, places, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(x + 0.09 * (line[1] - line[0]), place),
+            color=PREDICTED,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkB": 3},
+        )
+    if step is not None:
+        axes.plot([step.value] * 2, [step.low, step.high], color=MEASURED, linewidth=2.2)
+        axes.plot([step.value], [step.value], "D", color=MEASURED, markersize=5)
+        axes.set_title(f"saturated, extrapolated: {estimate_text(step)}", color=MEASURED)
+    axes.text(0.02, 0.9, "fitted = measured", transform=axes.transAxes, color=INK, fontsize=8)

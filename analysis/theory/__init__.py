@@ -1,0 +1,1 @@
+"""What is predicted in closed form: memory, critical rates, congestion and flow control."""

@@ -1,0 +1,335 @@
+"""Where an engine that sets room aside for outputs works under saturation: SGLang's point.
+
+Steps either compute prompts or decode, so that the unit here is the *decode* step. A request sits
+in the batch for o - 1 of them. What it takes out of the pool between two of them is what it holds
+and what is set aside for it (`analysis.schedulers.sglang`): s + j - 1 tokens after j outputs, and
+the share rho of its d - j declared tokens to come. Summed over its decode steps this is R, its reserved
+demand, and
+
+    x = (M - u) / E[R]        requests per decode step,
+
+which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three further terms:
+
+* *Room that cannot be used.* The head of the queue is asked for N tokens, s + d, or s when looking
+  ahead, and keeps a = s + rho d of them: room lies anywhere in [N - a, N] while it waits, so that
+  u = E[a (2 N - a)] / (2 E[a]); with N = a = X = s + d that is E[X^2] / (2 E[X]).
+* *Prefill steps.* Prompts are computed when a request leaves and the head then fits: see
+  `analysis.theory.prefill_passes`.
+* *rho.* Requests that may end early count with ``new_token_ratio``, which falls to its floor unless
+  the pool overflows first; see `saturated_ratio`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.sglang import (
+    INITIAL_RATIO,
+    MIN_RATIO_FACTOR,
+    RATIO_DECAY_STEPS,
+    RETRACT_DECODE_STEPS,
+)
+from analysis.theory import kv_demand
+from analysis.theory.kv_demand import rounded_sum
+from analysis.theory.operating_point import FIXED_BELOW_CV, Demand, Operation, Point, cut_off
+from analysis.theory.prediction import CeilingName
+from analysis.theory.prefill_passes import heads_uncovered, passes_in_a_row, steps_per_pass
+from loadgen.workload import Workload
+
+Floats = NDArray[np.float64]
+
+OVERFLOW_SHARE = 0.05
+"""Share of the decode steps' completions after which a pool without spare room would overflow."""
+
+MODEL_ERROR = 0.01
+"""Relative standard deviation of the closed form against `analysis.schedulers.sglang` under
+saturation, where the whole output is set aside and ten or more run: at most 1.2 % off in 18 settings."""
+MODEL_ERROR_RATIO = 0.04
+"""The same where the ratio decides: 3.2 % (root mean square) in 16 settings."""
+MODEL_ERROR_FIXED = 0.06
+"""The same for fixed lengths: those that were admitted together also leave together, so that the
+number of prefill steps depends on how the batch was filled. Fed from empty the critical rate was
+within 1 % of the closed form, under overload by 10 to 30 % it was 9 to 20 % above it."""
+MODEL_ERROR_LOOKING = 0.08
+"""The same for the older rule that looks ahead and counts running requests by the ratio."""
+MODEL_ERROR_ALONE = 0.15
+"""Added to these, over the number running, as whole requests fit or do not: 14 % off with one, 6 %
+with 1.4, 1 % with 2.7."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserving:
+    """Operating point of a reserving engine; everything is per decode step, of one engine."""
+
+    requests: float
+    """Completions per decode step."""
+    by_pool: float
+    """Completions that the pool and its reservations alone would allow, in room that can be used."""
+    ceilings: dict[CeilingName, float]
+    """Completions that each resource alone would allow."""
+    running: float
+    prefill_steps: float
+    """Prefill steps per request."""
+    ratio: float
+    """Share rho of the outputs to come that is set aside."""
+    memory_share: float
+    """Share of time in which the pool, not the number of rows, stops admission."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReservedDemand:
+    """What one request takes, per support point of the law, shape (n,)."""
+
+    decode_kv: Floats
+    """Token-steps of whole pages held in decode steps."""
+    reserved: Floats
+    """Token-steps held or set aside between decode steps."""
+    to_come: Floats
+    """Declared tokens still to come, summed over its decode steps: what rho multiplies."""
+    asked: Floats
+    """N: tokens that admission asks for."""
+    kept: Floats
+    """a: tokens that are held and set aside right after admission."""
+    declared: Floats
+    """X: the prompt and the whole declared output."""
+    decode_steps: Floats
+
+
+def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) -> Point:
+    """SGLang's operating point in steps of either kind. Raises what `reserving` raises."""
+    found = reserving(workload, limits)
+    reserved = reserved_demand(workload, limits, found.ratio)
+    # Steps per decode step: KV is held while the prompts of others are computed.
+    stretch = 1 + found.prefill_steps * found.requests
+    demand = sglang_demand(workload, limits, reserved, stretch, chunk)
+    crowd = {
+        "kv_cache": demand.kv,
+        "output_reservation": demand.crowded,
+        "max_num_seqs": demand.slots,
+    }
+    supply: dict[CeilingName, Estimate] = {
+        name: Estimate.log_normal(
+            x / stretch,
+            workload.standard_error(crowd[name]) / workload.mean(crowd[name]),
+            "req/step",
+            "supply over mean demand",
+        )
+        for name, x in found.ceilings.items()
+    }
+    notes = []
+    if looks_ahead(workload, limits) and not sets_all_aside(workload, limits):
+        notes.append("admission looks ahead; the closed form takes the ratio rule alone")
+    if _nearly_fixed(workload):
+        notes.append(
+            "outputs are nearly fixed: requests that were admitted together leave together, so that the "
+            "critical rate depends on how the batch was filled; this is the one from an empty server"
+        )
+    if found.ratio < 1:
+        notes.append(f"new_token_ratio is taken as {found.ratio:.3f} under saturation")
+    return Point(
+        demand,
+        supply,
+        Operation(found.requests / stretch, found.memory_share, 0.0),
+        _model_error(workload, limits, found),
+        notes=tuple(notes),
+        settling_steps=0 if found.ratio == 1 else math.ceil(RATIO_DECAY_STEPS * stretch),
+    )
+
+
+def sglang_demand(
+    workload: Workload,
+    limits: EngineLimits,
+    reserved: ReservedDemand,
+    stretch: float,
+    chunk: int | None,
+) -> Demand:
+    """Demand in steps of either kind, ``stretch`` of them per decode step."""
+    s, o = workload.prompt_tokens, workload.output_tokens
+    whole = int(s.max())
+    c = min(chunk or limits.max_num_batched_tokens or whole, whole)
+    prompt_steps = kv_demand.prefill_steps(s, c).astype(float)
+    prompt_kv = kv_demand.prefill_demand(s, c).astype(float)
+    return Demand(
+        kv=stretch * reserved.decode_kv + prompt_kv,
+        resident=kv_demand.kv_demand_engine(s, o, c).astype(float),
+        tokens=(s + o - 1).astype(float),
+        steps=kv_demand.residence_steps(s, o, c).astype(float),
+        slots=stretch * reserved.decode_steps + prompt_steps,
+        crowded=stretch * reserved.reserved,
+        square=stretch * reserved.reserved**2 / np.maximum(reserved.decode_steps, 1.0),
+    )
+
+
+def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> float:
+    error = MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
+    if _nearly_fixed(workload):
+        error = MODEL_ERROR_FIXED
+    elif looks_ahead(workload, limits) and found.ratio < 1:
+        error = MODEL_ERROR_LOOKING
+    return math.hypot(error, MODEL_ERROR_ALONE / found.running)
+
+
+def _nearly_fixed(workload: Workload) -> bool:
+    outputs = workload.output_tokens
+    mean = workload.mean(outputs)
+    variance = workload.mean(np.asarray((outputs - mean) ** 2))
+    return variance < (FIXED_BELOW_CV * mean) ** 2
+
+
+def declared_to_come(workload: Workload, rules: SGLangRules) -> Floats:
+    """Sum over the decode steps j = 1..o-1 of min(d - j, clip), per support point."""
+    o, d = workload.output_tokens, workload.max_tokens
+    clip = rules.clip_max_new_tokens
+    clipped = np.clip(d - clip, 0, o - 1)
+    rest = (o - 1 - clipped) * d - (o * (o - 1) - clipped * (clipped + 1)) // 2
+    return np.asarray(clipped * clip + rest, dtype=float)
+
+
+def reserved_demand(workload: Workload, limits: EngineLimits, ratio: float) -> ReservedDemand:
+    """Demand in the convention of `analysis.schedulers.sglang`, with the share ``ratio`` of outputs
+    set aside."""
+    assert limits.sglang is not None
+    s, o, page = workload.prompt_tokens, workload.output_tokens, limits.block_size
+    held = rounded_sum(s + o - 2, page) - rounded_sum(s - 1, page)
+    prompt = -(-s // page) * page
+    declared = np.minimum(workload.max_tokens, limits.sglang.clip_max_new_tokens)
+    to_come = declared_to_come(workload, limits.sglang)
+    ahead = looks_ahead(workload, limits)
+    return ReservedDemand(
+        decode_kv=(rounded_sum(s + o - 1, page) - rounded_sum(s, page)).astype(float),
+        reserved=held + ratio * to_come,
+        to_come=to_come,
+        asked=(prompt + page + (0 if ahead else declared)).astype(float),
+        kept=np.where(o > 1, prompt + page + ratio * declared, 0.0),
+        declared=(prompt + page + declared).astype(float),
+        decode_steps=(o - 1).astype(float),
+    )
+
+
+def looks_ahead(workload: Workload, limits: EngineLimits) -> bool:
+    """Is admission by looking ahead: no radix cache, and requests that ignore the end of text?"""
+    assert limits.sglang is not None
+    return workload.ignore_eos and not limits.sglang.radix_cache
+
+
+def sets_all_aside(workload: Workload, limits: EngineLimits) -> bool:
+    """Is the whole declared output of a running request set aside, whatever the ratio?"""
+    assert limits.sglang is not None
+    return workload.ignore_eos and limits.sglang.whole_output_of_ignore_eos
+
+
+def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
+    """The operating point under saturation. Raises ValueError when no request decodes."""
+    assert limits.sglang is not None
+    if int(workload.output_tokens.max()) < 2:
+        raise ValueError(f"{workload.name}: every output is one token, so that no step decodes")
+    alone = float(workload.weight[workload.output_tokens == 1].sum())
+    law = _decoding(workload)
+    ratio = 1.0 if sets_all_aside(law, limits) else saturated_ratio(law, limits)
+    demand = reserved_demand(law, limits, ratio)
+    in_batch = law.mean(demand.decode_steps)
+    # A request that fits an empty pool always finds one.
+    by_pool = max(usable_tokens(law, limits, demand) / law.mean(demand.reserved), 1 / in_batch)
+    ceilings: dict[CeilingName, float] = {
+        "kv_cache": limits.pool_tokens / law.mean(demand.decode_kv),
+        "output_reservation": limits.pool_tokens / law.mean(demand.reserved),
+    }
+    x, share = by_pool, 1.0
+    if limits.max_num_seqs is not None:
+        ceilings["max_num_seqs"] = limits.max_num_seqs / in_batch
+        spread = second_moment_of_reserved(law, demand) / in_batch
+        cv2 = spread / (law.mean(demand.reserved) / in_batch) ** 2 - 1
+        running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
+        x = running / in_batch
+    by_rows = -math.expm1(-x) / x
+    events = share * heads_uncovered(law, demand.declared, x, ratio) + (1 - share) * by_rows
+    passes = events * (1 - alone) * passes_in_a_row(alone, events * (1 - alone))
+    return Reserving(
+        requests=x / (1 - alone),
+        by_pool=by_pool / (1 - alone),
+        ceilings={name: ceiling / (1 - alone) for name, ceiling in ceilings.items()},
+        running=x * in_batch,
+        prefill_steps=passes * steps_per_pass(workload, limits, max(1 / passes, 1.0)),
+        ratio=ratio,
+        memory_share=share,
+    )
+
+
+def _decoding(workload: Workload) -> Workload:
+    """The law of the requests that decode, those of two outputs or more."""
+    some = workload.output_tokens > 1
+    if some.all():
+        return workload
+    return replace(
+        workload,
+        prompt_tokens=workload.prompt_tokens[some],
+        output_tokens=workload.output_tokens[some],
+        max_tokens=workload.max_tokens[some],
+        weight=workload.weight[some] / workload.weight[some].sum(),
+        observed=workload.observed[some],
+    )
+
+
+def usable_tokens(workload: Workload, limits: EngineLimits, demand: ReservedDemand) -> float:
+    """The pool less the room u that the head of the queue leaves; see the module."""
+    kept = demand.kept
+    u = workload.mean(kept * (2 * demand.asked - kept)) / (2 * workload.mean(kept))
+    return limits.pool_tokens - u
+
+
+def second_moment_of_reserved(workload: Workload, demand: ReservedDemand) -> float:
+    """Squared footprint summed over decode steps, the footprint taken as constant: tokens^2 steps."""
+    steps = np.maximum(demand.decode_steps, 1.0)
+    return workload.mean(np.asarray(demand.reserved**2 / steps))
+
+
+# -- new_token_ratio -------------------------------------------------------------------------------
+
+
+def saturated_ratio(workload: Workload, limits: EngineLimits) -> float:
+    """Mean ``new_token_ratio`` under saturation, for requests that do not ignore the end of text.
+
+    It falls by a fixed amount each decode step. With the share rho of the outputs to come spare,
+    the pool overflows when the batch outgrows that room: without admissions the room is a random
+    walk that the batch lowers and completions raise, with drift x E[s] and variance
+    x E[(s + o)^2] per decode step, so that the chance falls as exp(-2 spare E[s] / E[(s + o)^2]).
+    An overflow lifts the ratio to what the batch has generated over what it declared. The mean is
+    that of the saw tooth in between.
+    """
+    rules = limits.sglang
+    assert rules is not None
+    initial = min(INITIAL_RATIO * rules.schedule_conservativeness, 1.0)
+    least = initial * MIN_RATIO_FACTOR
+    fall = (initial - least) / RATIO_DECAY_STEPS
+    s, o = workload.prompt_tokens, workload.output_tokens
+    jump = _ratio_after_retraction(workload)
+    ratio = least
+    for _ in range(20):
+        demand = reserved_demand(workload, limits, ratio)
+        x = usable_tokens(workload, limits, demand) / workload.mean(demand.reserved)
+        spare = x * workload.mean(demand.to_come)
+        slope = 2 * spare * workload.mean(s) / workload.mean((s + o) ** 2)
+        reached = slope * fall / (OVERFLOW_SHARE * x) + math.exp(-slope * jump)
+        overflow_at = -math.log(reached) / slope
+        if overflow_at <= least:
+            # Time at the floor until the pool overflows, beside the time of the fall.
+            at_floor = math.exp(min(slope * least, 50.0)) / (OVERFLOW_SHARE * x)
+            falling = max(jump - least, 0.0) / fall
+            mean = (at_floor * least + falling * (jump + least) / 2) / (at_floor + falling)
+        else:
+            mean = (max(jump, overflow_at) + overflow_at) / 2
+        ratio = (ratio + mean) / 2
+    return ratio
+
+
+def _ratio_after_retraction(workload: Workload) -> float:
+    """(generated + 20 per request) / declared over the batch, at its mean."""
+    o, d = workload.output_tokens, workload.max_tokens
+    generated = workload.mean(o * (o - 1) / 2) + RETRACT_DECODE_STEPS * workload.mean(o - 1)
+    return min(generated / workload.mean((o - 1) * d), 1.0)

@@ -1,0 +1,321 @@
+"""From evidence to a verdict: confirmed, refuted, or why neither can be said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from analysis.inference.long_run import long_run_mean
+from analysis.numbers.estimate import Estimate, ratio
+from analysis.schedulers.frames import RunFrames
+from analysis.verdicts.audit import (
+    binding_resource,
+    client_equals_server,
+    conservation,
+    token_balance,
+)
+from analysis.verdicts.branches import branch_checks, branch_warnings, two_branches
+from analysis.verdicts.evidence import Evidence, rounding
+from analysis.verdicts.identity import Identity, identity
+from analysis.verdicts.premises import premises
+from analysis.verdicts.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity, capacity, judge_run
+from analysis.verdicts.settling import near_critical
+from analysis.verdicts.verdict import Check, Outcome, RunJudgement, Verdict, agreement
+from analysis.verdicts.verdict_tables import (
+    assumed_observed,
+    from_paper,
+    other_measurements,
+    other_predictions,
+)
+from analysis.verdicts.wave_advice import wave_warnings, words_about_runs
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict of an experiment, by the rules of the design page's section 4."""
+    predicted = evidence.prediction.critical_rate
+    judgements = tuple(judge_run(run, evidence) for run in evidence.runs)
+    audit = [check for run in evidence.runs if run.valid for check in _books(run.frames)]
+    seen = [c for run in evidence.runs if (c := capacity(run, evidence)) is not None]
+    # A burst may start waves that serve faster or slower than sustained arrivals do.
+    poisson = [c for c in seen if c.run.frames.run.start == "empty"]
+    capacities = poisson or seen
+    measured = long_run_mean([c.work for c in capacities]) if capacities else None
+    best = max(capacities, key=lambda c: c.saturated.window.duration_s, default=None)
+    audited: Identity | None = None
+    if best is not None:
+        audited = identity(
+            best.run.frames,
+            best.saturated,
+            evidence.limits.pool_tokens,
+            rounding(evidence.workload, evidence.limits.block_size),
+            evidence.prediction.step_time_s.value,
+        )
+        audit.append(audited.check)
+    longest = best.saturated if best else None
+    held = tuple(
+        premises(evidence, longest, {c.run.frames.run.id: c.saturated for c in capacities})
+    )
+    pairs = two_branches(judgements, {c.run.frames.run.id: c.by_work for c in seen})
+    share = None
+    if measured is not None:
+        share = ratio(measured, predicted, "measured over predicted, errors in quadrature")
+    waves = words_about_runs(evidence)
+    found = Findings(evidence, judgements, tuple(audit), held, best, audited)
+    ruling = decide(found, measured, share)
+    return Verdict(
+        name=evidence.name,
+        mode=evidence.mode,
+        claim=evidence.prediction.claim,
+        grade=evidence.prediction.grade,
+        theta=evidence.theta,
+        outcome=ruling.outcome,
+        headline=ruling.headline,
+        reasons=(*ruling.reasons, *(pair.text for pair in pairs)),
+        advice=ruling.advice,
+        predicted=predicted,
+        binding=evidence.prediction.binding,
+        binding_observed=binding_resource(best.saturated, evidence.limits) if best else None,
+        predictions=other_predictions(evidence, best),
+        measured=measured,
+        measurements=other_measurements(
+            [j for j in judgements if j.start == "empty" or not poisson], capacities
+        ),
+        ratio=share,
+        gap=None if measured is None else abs(predicted.value / measured.value - 1.0),
+        runs=judgements,
+        premises=(*held, *branch_checks(pairs)),
+        audit=tuple(audit),
+        from_paper=from_paper(evidence, measured),
+        identity=audited.factors if audited else (),
+        table=assumed_observed(evidence, held, best, audited),
+        near_critical=near_critical(
+            evidence,
+            measured,
+            steady=all(c.holds is not False for c in held if c.name == "steady step time"),
+        ),
+        synchrony=waves,
+        waves=wave_warnings(waves, capacities, evidence),
+        warnings=branch_warnings(
+            pairs,
+            predicted.value,
+            [c.work for c in poisson],
+            [c.work for c in seen if c.run.frames.run.start == "full"],
+        ),
+    )
+
+
+def _books(frames: RunFrames) -> list[Check]:
+    return [conservation(frames), client_equals_server(frames), token_balance(frames)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """An outcome, the words behind it, its reasons and what to do next."""
+
+    outcome: Outcome
+    headline: str
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What `decide` goes by."""
+
+    evidence: Evidence
+    judgements: tuple[RunJudgement, ...]
+    audit: tuple[Check, ...]
+    premises: tuple[Check, ...]
+    best: Capacity | None
+    audited: Identity | None
+
+
+def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -> Ruling:
+    """The rules of the design page's section 4, in their order."""
+    if (ruling := _invalid(found)) is not None:
+        return ruling
+    if measured is None or share is None or found.best is None:
+        return _one_sided(found)
+    theta, answer = found.evidence.theta, agreement(share, found.evidence.theta)
+    reasons: tuple[str, ...] = (
+        f"measured / predicted {share.value:.3f} [{share.low:.3f}, {share.high:.3f}]",
+    )
+    unsteady = next(
+        (c for c in found.premises if c.name == "steady step time" and c.holds is False), None
+    )
+    if unsteady is not None:
+        # The load was what it claims, so nothing is invalid; but there is no one rate to confirm. A rate
+        # outside by more than the speed changed is outside at any of its speeds.
+        speeds = 1 + unsteady.observed
+        if not (share.low > (1 + theta) * speeds or share.high * speeds < 1 - theta):
+            return Ruling(
+                "inconclusive",
+                "the engine's speed changed while it was measured",
+                (unsteady.text, *reasons),
+                ("keep other work off the machine, cool it or lock its clocks, and repeat",),
+            )
+        reasons += (unsteady.text,)
+    if answer == "inside":
+        return _agreeing(found, measured, reasons)
+    if answer == "outside":
+        return _refuted(found, found.best, share, reasons)
+    return _undecided(found, share, reasons)
+
+
+def _invalid(found: Findings) -> Ruling | None:
+    """No usable run, books that do not balance, or an invalid run where no other gave a rate."""
+    broken = tuple(f"{j.id}: {j.text}" for j in found.judgements if j.verdict == "invalid")
+    books = tuple(
+        f"{c.name}: {c.text}"
+        for c in found.audit
+        if c.holds is False and c.name != "memory-time identity"
+    )
+    if not books and not (broken and (found.best is None or len(broken) == len(found.judgements))):
+        return None
+    return Ruling(
+        "invalid",
+        "the load or the records are not what they claim",
+        broken + books,
+        ("run the generator on an idle machine, or lower the rates, then repeat",),
+    )
+
+
+def _one_sided(found: Findings) -> Ruling:
+    highest = max(j.arrival_rate for j in found.judgements)
+    return Ruling(
+        "inconclusive",
+        "the critical rate was not reached",
+        (
+            f"no valid run kept its queue non-empty for {MIN_BACKLOG_RESIDENCES:.0f} residence "
+            f"times; the highest rate offered was {highest:.3g} req/s",
+        ),
+        (f"add a rate above {1.3 * highest:.3g} req/s (load.rates)",),
+    )
+
+
+def _agreeing(found: Findings, measured: Estimate, reasons: tuple[str, ...]) -> Ruling:
+    """The rate agrees; it is confirmed when one run below is stable and one above grows."""
+    band = f"{100 * found.evidence.theta:.0f} %"
+    rate = measured.value
+    stable = any(j.verdict == "stable" and j.arrival_rate < rate for j in found.judgements)
+    grows = any(j.verdict == "unstable" and j.arrival_rate > rate for j in found.judgements)
+    if stable and grows:
+        return Ruling("confirmed", f"within {band}", reasons)
+    lacking = "no run above it grows" if stable else "no run below it is certainly stable"
+    return Ruling(
+        "inconclusive",
+        f"the rate agrees within {band}, but {lacking}",
+        reasons,
+        ("lengthen the runs (load.horizon_s), or add a rate farther from the critical one",),
+    )
+
+
+def _undecided(found: Findings, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
+    theta = found.evidence.theta
+    wide = found.evidence.prediction.critical_rate.at_level(0.90)
+    if wide.half_width > theta * wide.value:
+        return Ruling(
+            "inconclusive",
+            "the prediction's own interval is too wide to test",
+            reasons,
+            (
+                f"predicted {wide.value:.3g} [{wide.low:.3g}, {wide.high:.3g}] at 90 %: calibrate "
+                "on an idle machine, or longer",
+            ),
+        )
+    factor = max((share.half_width / (theta / 2)) ** 2, 1.5)
+    return Ruling(
+        "inconclusive",
+        f"the interval straddles the {100 * theta:.0f} % band",
+        reasons,
+        (f"lengthen the overloaded runs about {factor:.1f} times",),
+    )
+
+
+def _refuted(found: Findings, best: Capacity, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
+    """Refuted, or a premise of the paper failed and the model with that mechanism explains it."""
+    evidence = found.evidence
+    binds = binding_resource(best.saturated, evidence.limits)
+    if evidence.prediction.claim == "paper" and _premise_of(found, binds):
+        explained = ratio(best.by_work, evidence.engine.critical_rate, "measured over engine model")
+        reasons += (
+            f"with {binds} in the model, measured / predicted {explained.value:.3f} "
+            f"[{explained.low:.3f}, {explained.high:.3f}]",
+        )
+        within = agreement(explained, evidence.theta) == "inside"
+        if within and evidence.engine.binding == binds:
+            return Ruling("premise_violated", *_mechanism(binds, best, reasons))
+    side = "faster" if share.value > 1 else "slower"
+    causes, advice = _causes(found, best, share, binds)
+    headline = f"{100 * (abs(share.value - 1)):.0f} % {side} than predicted"
+    return Ruling("refuted", headline, reasons + causes, advice)
+
+
+def _premise_of(found: Findings, binds: str) -> bool:
+    """Did a premise of the paper fail that this mechanism breaks?"""
+    broken = "no output reservation" if binds == "output_reservation" else "KV cache binds"
+    return any(check.name == broken and check.holds is False for check in found.premises)
+
+
+def _mechanism(
+    binds: str, best: Capacity, reasons: tuple[str, ...]
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Headline, reasons and advice for a premise of the paper that failed."""
+    if binds == "output_reservation":
+        held, aside = best.saturated.kv_usage, best.saturated.set_aside
+        return (
+            "output reservation",
+            (
+                *reasons,
+                f"under backlog {100 * held:.0f} % of the pool was in use and {100 * aside:.0f} % "
+                "set aside for outputs to come",
+            ),
+            (
+                "declare max_tokens as short as the outputs are, send requests that may end early "
+                "(ignore_eos: false), or test claim: engine",
+            ),
+        )
+    return (
+        f"{binds} binds before the KV cache",
+        reasons,
+        (f"raise {binds} until the KV cache binds, or test claim: engine",),
+    )
+
+
+def _causes(
+    found: Findings, best: Capacity, share: Estimate, binds: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which input of the prediction the evidence contradicts, and what to do about it."""
+    prediction = found.evidence.prediction
+    causes: list[str] = []
+    advice: list[str] = []
+    if found.audited is not None and found.audited.check.holds is False:
+        causes.append(f"pool: {found.audited.check.text}")
+        advice.append("check the KV capacity that the server reports against its log")
+    step, expected = best.saturated.step_time.value, prediction.step_time_s.value
+    if abs(step / expected - 1) > found.evidence.theta / 2:
+        causes.append(
+            f"step time: {step * 1e3:.2f} ms measured under backlog, {expected * 1e3:.2f} ms "
+            f"predicted ({100 * (step / expected - 1):+.1f} %)"
+        )
+        advice.append("calibrate again: the step-time law does not hold at saturation")
+    if binds != prediction.binding:
+        causes.append(f"{binds} bound, {prediction.binding} was predicted to")
+    if prediction.claim == "paper" and found.evidence.mechanisms:
+        causes.append(_left_out(found.evidence, best))
+        advice.append("claim: engine has these mechanisms in its prediction")
+    if share.low > 1:
+        causes.append(
+            "the measured rate lies above an upper bound: the pool, the step time or the lengths "
+            "that went into the prediction are wrong"
+        )
+    return tuple(causes), tuple(advice)
+
+
+def _left_out(evidence: Evidence, best: Capacity) -> str:
+    """What the paper's formula leaves out, by the engine model, and how well that explains the gap."""
+    effects = ", ".join(f"{m.name} {100 * (m.factor - 1):+.1f} %" for m in evidence.mechanisms)
+    explained = ratio(best.by_work, evidence.engine.critical_rate, "measured over engine model")
+    return (
+        f"the formula leaves out: {effects}; with them measured / predicted {explained.value:.3f} "
+        f"[{explained.low:.3f}, {explained.high:.3f}]"
+    )

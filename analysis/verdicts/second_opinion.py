@@ -1,0 +1,83 @@
+"""The critical rate by simulation: the scheduler itself under sustained Poisson overload."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from analysis.inference.capacity import Backlog, work_served
+from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits
+from analysis.schedulers.simulate import simulate
+from analysis.schedulers.step_time import StepTime, exact_step_time
+from analysis.theory.critical_rate import predict
+from analysis.verdicts.evidence import work_demand
+from loadgen.records import Run
+from loadgen.workload import Workload
+
+WINDOW_RESIDENCES = 12
+WARM_UP_RESIDENCES = 2.5
+COMPILED_FROM = 1_000_000
+"""Requests times steps from which the compiled engine pays: compiling takes half a minute, once."""
+
+
+def simulated_rate(
+    workload: Workload,
+    limits: EngineLimits,
+    law: StepTime,
+    requests: int = 1000,
+    seed: int = 0,
+    overload: float = 1.3,
+) -> Estimate:
+    """Requests per second that one engine completes under Poisson arrivals at ``overload`` mu.
+
+    The first 2.5 longest residences are left out; then a backlog joins the queue, so that it lasts.
+    Departures are normalised by work in the unit of the ceiling that is predicted to bind
+    (`analysis.inference.capacity.work_served`). The window is as long as ``requests`` completions
+    should take, and at least 12 mean residences.
+
+    Raises ValueError if the queue ever empties: then the engine was not saturated.
+    """
+    first = predict(workload, limits, exact_step_time(law), "engine", "P0")
+    rate = first.critical_rate.value
+    warm_up_s = max(WARM_UP_RESIDENCES * first.longest_residence_s, first.settling_s)
+    window_s = max(requests / rate, WINDOW_RESIDENCES * first.mean_residence_s)
+    run = Run(
+        id="overload",
+        arrival_rate=overload * rate,
+        horizon_s=warm_up_s + window_s,
+        warmup_s=warm_up_s,
+        seed=seed,
+    )
+    rng = np.random.default_rng(seed)
+    wanted = run.arrival_rate * run.horizon_s
+    gaps_s = rng.exponential(1 / run.arrival_rate, math.ceil(wanted + 10 * math.sqrt(wanted) + 10))
+    # Memory is full by the end of the warm-up: a reserve at the back of the queue starts no cohort.
+    backlog = math.ceil(first.running + 4 * math.sqrt(2 * window_s * rate))
+    arrival_s = np.sort(np.concatenate([np.cumsum(gaps_s), np.full(backlog, warm_up_s)]))
+    arrival_s = arrival_s[arrival_s < run.horizon_s]
+    lengths = workload.sample(rng, len(arrival_s))
+    request_steps = len(arrival_s) * first.mean_residence_s / first.step_time_s.value
+    simulated = simulate(
+        limits,
+        law,
+        arrival_s,
+        lengths,
+        run.horizon_s,
+        sample_interval_s=first.mean_residence_s / 4,
+        ignore_eos=workload.ignore_eos,
+        compiled=False if request_steps < COMPILED_FROM else None,
+    )
+    steps = simulated.steps
+    inside = steps.start_s >= warm_up_s
+    if not steps.waiting[inside].all():
+        emptied_s = float(steps.start_s[inside][steps.waiting[inside] == 0][0]) - warm_up_s
+        raise ValueError(f"the queue emptied {emptied_s:.3g} s into the window: raise the overload")
+    frames = simulated.frames(run)
+    window = Backlog(warm_up_s, float(frames.per_sample("t_s")[-1]))
+    demand = workload.mean(work_demand(workload, first.binding))
+    found = work_served(frames, window, demand, first.binding).estimate
+    completed = int((frames.departures_s >= warm_up_s).sum())
+    return replace(found, method=f"simulated overload, {completed} completions")
