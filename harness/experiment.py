@@ -168,7 +168,7 @@ async def predicted(
     prediction = predictions(config, workload, limits, calibration.fit, "P1")
     prediction["made_from"] = {name: store.digest(name) for name in INPUTS}
     store.write_json("prediction.json", prediction)
-    return prediction, sum(probe.requests for probe in calibration.probes)
+    return prediction, sum(len(probe.lengths) for probe in calibration.probes)
 
 
 async def predicted_of_all(

@@ -61,10 +61,10 @@ class Prober:
         records = await self.send(probe, seed)
         after, told_after = await self._at_rest()
         finished = after.finished - before.finished
-        if finished != probe.requests:
+        if finished != len(probe.lengths):
             raise CalibrationFailed(
                 f"the server finished {finished} requests during probe {probe.name!r} of "
-                f"{probe.requests}: somebody else is using it; calibrate on an idle server"
+                f"{len(probe.lengths)}: somebody else is using it; calibrate on an idle server"
             )
         self._idle = after, told_after
         during = (x for x in self.samples if before.t_ns <= x.t_ns <= after.t_ns)
@@ -77,8 +77,7 @@ class Prober:
 
     async def send(self, probe: Probe, seed: int) -> list[RequestRecord]:
         """All requests of a probe, the following prompts in turn; every one must complete."""
-        lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
-        lengths += [(probe.prompt_length, 1)] * probe.prompts
+        lengths = probe.lengths
         prompts = make_prompts([prompt for prompt, _ in lengths], seed, self.vocabulary)
         bodies = [
             completion_body(self.model, prompt, output, output)
@@ -104,7 +103,7 @@ class Prober:
             return record
 
         async def in_turn() -> list[RequestRecord]:
-            return [await one(i) for i in range(probe.count, probe.requests)]
+            return [await one(i) for i in range(probe.count, len(lengths))]
 
         async def all_of_them() -> list[RequestRecord]:
             batch = [asyncio.create_task(one(i)) for i in range(probe.count)]

@@ -156,7 +156,7 @@ def calibrated(
             observations.append(replace(seen, probe=probe.name))
         if done >= REPEATS and good_enough(fit_step_time(observations), enough):
             break
-    return fit_step_time(observations), done * sum(p.requests for p in probes)
+    return fit_step_time(observations), done * sum(p.count + p.prompts for p in probes)
 
 
 def offered(
@@ -201,7 +201,8 @@ def _probed(probe: Probe, server: SimulatedServer, seed: int) -> list[RequestRec
     law = server.law
     lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
     lengths += [(probe.prompt_length, 1)] * probe.prompts
-    # A prompt that follows another is sent when that one is answered: within every third step.
+    # A prompt that follows another is sent when that one is answered: within every third step. The
+    # first comes when the batch is in, without the one of `Probe.lengths` that waits for that.
     turn_s = 2.5 * law(1, probe.prompt_tokens, 1)
     arrival_s = [0.0] * probe.count + [turn_s * (i + 1) for i in range(probe.prompts)]
     triples = np.array([(s, o, o) for s, o in lengths])

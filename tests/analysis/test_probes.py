@@ -119,3 +119,28 @@ def test_probes_fit_the_pool_and_meet_the_ceilings_that_matter(blocks, lengths, 
     running = limits.pool_tokens / demand * steps
     room = blocks * 0.7 / -(-(short.prompt_tokens + short.output_tokens) // 16)
     assert short.count >= min(running, int(room), 400) * 0.99
+
+
+def test_no_prompt_is_counted_in_a_step_that_computed_a_part_of_it() -> None:
+    """A batch whose prompts end in the middle of a step: the next prompt would begin in that step."""
+    limits = EngineLimits(num_blocks=409, block_size=32, max_num_batched_tokens=512)
+    law = StepTime(b0_s=0.02147, b1_s_per_token=79e-6)
+    probes = design_probes(uniform((2, 160), (2, 160)), limits)
+    (probe,) = (p for p in probes if p.name == "small prompts")
+    assert probe.count * probe.prompt_tokens % 512 > 0 < probe.prompts
+
+    def off(lengths: list[tuple[int, int]]) -> float:
+        """Observed duration over the law's, less 1, each request behind the batch sent in its turn."""
+        arrivals, answered_s = [0.0] * probe.count, 0.0
+        for number in range(probe.count, len(lengths)):
+            arrivals.append(answered_s)
+            triples = np.array([(s, o, o) for s, o in lengths[: number + 1]])
+            records = simulate(limits, law, np.array(arrivals), triples, 600.0).records
+            answered_s = records[number].last_token_ns / 1e9
+        seen = step_observation(records)
+        expected = seen.steps * law.b0_s + seen.tokens * law.b1_s_per_token
+        return seen.duration_s / expected - 1
+
+    opener = probe.count
+    assert abs(off(probe.lengths)) < 0.002
+    assert off([*probe.lengths[:opener], *probe.lengths[opener + 1 :]]) < -0.01
