@@ -39,7 +39,8 @@ TOKENS = 64
 INTERVAL_MS = 5.0
 LIGHT_RATE = 50.0
 FIRST_RATE = 100.0
-RAISED = 1.25
+LEAST_RATE = 10.0
+RAISED, LOWERED = 1.25, 1.5
 STEP_S = 2.0
 MOST_STREAMS = 10_000
 STREAM_TOKENS = 4
@@ -79,7 +80,7 @@ async def measure(
 ) -> MachineLimits:
     """The limits of this machine, after about half a minute. ``say`` gets a line for each load tried.
 
-    Raises BeyondThisMachine where not even `FIRST_RATE` is reached: something else keeps it busy.
+    Raises BeyondThisMachine where not even `LEAST_RATE` is reached: something else keeps it busy.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     open_files = None if hard == resource.RLIM_INFINITY else hard
@@ -110,25 +111,30 @@ async def measure(
 async def raised(
     urls: Sequence[str], step_s: float, most_rate: float, say: Said
 ) -> tuple[Step, Step]:
-    """The highest load reached, and the last one tried."""
-    best, rate = None, FIRST_RATE
-    while True:
+    """The highest load reached, and the lowest one tried that was not (else the highest again).
+
+    Where `FIRST_RATE` is too much already, lower rates are tried down to `LEAST_RATE`.
+    """
+    best: Step | None = None
+    missed: Step | None = None
+    rate = min(FIRST_RATE, most_rate)
+    while rate <= most_rate and (best is None or missed is None):
         step = await tried(urls, rate, step_s)
         if not step.reached:
             # A moment's disturbance is not a limit.
             step = await tried(urls, rate, step_s)
         say(line_of(step))
-        if not step.reached:
-            break
-        best, rate = step, rate * RAISED
-        if rate > most_rate:
-            break
-    if best is None:
-        raise BeyondThisMachine(
-            f"at {FIRST_RATE:.0f} requests/s the 99th percentile of the send lag is already "
-            f"{step.lag_p99_ms:.1f} ms: stop what else runs on this machine and try again"
-        )
-    return best, step
+        if step.reached:
+            best, rate = step, rate * RAISED
+        else:
+            missed, rate = step, rate / LOWERED
+        if best is None and rate < LEAST_RATE:
+            raise BeyondThisMachine(
+                f"at {step.rate:.0f} requests/s the 99th percentile of the send lag is already "
+                f"{step.lag_p99_ms:.1f} ms: stop what else runs on this machine and try again"
+            )
+    assert best is not None
+    return best, missed or best
 
 
 async def streams_held(wanted: int, say: Said) -> int:
