@@ -26,7 +26,8 @@ def load(tmp_path: Path, data: object):
     return load_config(path)
 
 
-EXPERIMENTS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "theory")
+OTHERS = ("theory", "schedulers")
+EXPERIMENTS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in OTHERS)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.name)

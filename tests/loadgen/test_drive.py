@@ -12,7 +12,7 @@ from aiohttp import web
 from loadgen import open_files as module
 from loadgen.arrivals import poisson, run_arrivals
 from loadgen.client import open_session
-from loadgen.drive import drive, require_file_descriptors
+from loadgen.drive import TooFewFileDescriptors, drive, require_file_descriptors
 from loadgen.fidelity import fidelity
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import Run
@@ -247,7 +247,7 @@ def test_the_file_limit_is_raised_or_its_mend_named(monkeypatch):
     assert limits[-1] == (1000, 1000)
     require_file_descriptors(10)
     assert len(limits) == 2
-    with pytest.raises(RuntimeError, match="ulimit -n 5128"):
+    with pytest.raises(TooFewFileDescriptors, match="ulimit -n 5128"):
         require_file_descriptors(5000)
     limits.append((100, resource.RLIM_INFINITY))
     require_file_descriptors(5000)
