@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from analysis.numbers.formatting import estimate_text, grouped, percent, words
+from analysis.operation.regression import LEAST_NIGHTS
 from harness.history import Entry, limits_change
 from harness.history_figure import figure
 from harness.history_series import Judged, change_text
@@ -66,7 +67,7 @@ def page(night: Night, drawn: set[str]) -> str:
 def moved(night: Judged) -> list[str]:
     """What is known of tonight beside the nights that it was compared with.
 
-    A number has moved when it lies outside the range of those nights.
+    A number has moved when it lies outside the range of those nights, where they are enough for one.
     """
     last, tonight = night.before[-1], night.entry
     changed = {n: (getattr(last, n), getattr(tonight, n)) for n in SAID}
@@ -77,7 +78,8 @@ def moved(night: Judged) -> list[str]:
     lines = [f"Changed since {last.began[:10]}: {change_text(changed) or 'nothing that is known'}."]
     why = explained(night)
     lines += ["", *([why, ""] if why else [])]
-    lines.append(f"| | {len(night.before)} nights before: median [range] | tonight | | |")
+    few = len(night.before) < LEAST_NIGHTS
+    lines.append(f"| | before (nights: {len(night.before)}): median [range] | tonight | | |")
     lines.append("|---|---|---|---|---|")
     for name, (unit, of, factor, decimals) in QUANTITIES.items():
         before = [x for x in map(of, night.before) if x is not None]
@@ -87,7 +89,7 @@ def moved(night: Judged) -> list[str]:
         low, middle, high = min(before), statistics.median(before), max(before)
         shown = [grouped(x * factor, decimals) for x in (middle, low, high, now)]
         change = f"{_sign(now / middle - 1)}" if middle else ""
-        outside = "" if low <= now <= high else "outside the range"
+        outside = "outside the range" if not few and not low <= now <= high else ""
         lines.append(
             f"| {name} | {shown[0]} [{shown[1]}, {shown[2]}] {unit} | {shown[3]} | {change} "
             f"| {outside} |"

@@ -40,6 +40,10 @@ INTERVAL_MS = 5.0
 LIGHT_RATE = 50.0
 FIRST_RATE = 100.0
 LEAST_RATE = 10.0
+LEAST_REQUESTS = 120
+"""Of one load tried: a percentile of fewer is the slowest of them."""
+COLD = 20
+"""First requests whose lag is not counted: they open connections, and all code runs for the first time."""
 RAISED, LOWERED = 1.25, 1.5
 STEP_S = 2.0
 MOST_STREAMS = 10_000
@@ -151,7 +155,8 @@ async def streams_held(wanted: int, say: Said) -> int:
 
 
 async def tried(urls: Sequence[str], rate: float, seconds: float) -> Step:
-    """Poisson arrivals of this rate, `TOKENS` tokens each."""
+    """Poisson arrivals of this rate, `TOKENS` tokens each, for so long or until there are enough."""
+    seconds = max(seconds, LEAST_REQUESTS / rate)
     return await offered(urls, poisson(rate, seconds, SEED), seconds, TOKENS)
 
 
@@ -183,8 +188,8 @@ def step_of(
     records: Sequence[RequestRecord], rate: float, tokens: int, said: Sequence[dict[str, Any]]
 ) -> Step:
     """What became of a load: its records, and what the sinks ``said``."""
-    sent = [record for record in records if record.sent_ns is not None]
-    lag_ms = [((record.sent_ns or 0) - record.scheduled_ns) / 1e6 for record in sent]
+    sent = sorted((r for r in records if r.sent_ns is not None), key=lambda r: r.scheduled_ns)
+    lag_ms = [((r.sent_ns or 0) - r.scheduled_ns) / 1e6 for r in sent[COLD:] or sent]
     whole = [r for r in sent if r.outcome == "completed" and r.output_tokens == tokens]
     took_ms = [((r.last_token_ns or 0) - (r.sent_ns or 0)) / 1e6 for r in whole]
     p50, p99 = np.quantile(lag_ms, [0.5, 0.99]) if lag_ms else (np.inf, np.inf)

@@ -24,6 +24,7 @@ from harness.machine_limits import (
     saved,
 )
 from harness.selftest import (
+    COLD,
     INTERVAL_MS,
     LOWERED,
     RAISED,
@@ -191,3 +192,28 @@ def test_a_load_is_reached_when_it_is_sent_and_read_in_time(
     )
     step = step_of([record], 100.0, 64, [{"open_most": 1, "late_p99_ms": 0.1}])
     assert step.reached is reached
+
+
+def test_the_first_requests_open_connections_and_are_not_held_against_the_rate() -> None:
+    def sent_late(number: int, late_ms: float) -> RequestRecord:
+        due_ns = number * 10_000_000
+        return RequestRecord(
+            id=number,
+            scheduled_ns=due_ns,
+            sent_ns=due_ns + round(late_ms * 1e6),
+            first_token_ns=due_ns + 5_000_000,
+            last_token_ns=due_ns + round(64 * INTERVAL_MS * 1e6),
+            prompt_tokens=1,
+            output_tokens_designed=64,
+            max_tokens=64,
+            output_tokens=64,
+            prompt_tokens_reported=1,
+            outcome="completed",
+        )
+
+    said = [{"open_most": 1, "late_p99_ms": 0.1}]
+    cold = [sent_late(i, 2.0 if i < COLD else 0.2) for i in range(200)]
+    # Records come in the order of their ends.
+    assert step_of(cold[::-1], 100.0, 64, said).lag_p99_ms == pytest.approx(0.2)
+    late = [sent_late(i, 2.0 if i % 20 == 0 else 0.2) for i in range(200)]
+    assert not step_of(late, 100.0, 64, said).reached
