@@ -43,7 +43,7 @@ LEAST_RATE = 10.0
 LEAST_REQUESTS = 120
 """Of one load tried: a percentile of fewer is the slowest of them."""
 COLD = 20
-"""First requests whose lag is not counted: they open connections, and all code runs for the first time."""
+"""First requests whose lag is not counted: they open connections and run all code for the first time."""
 RAISED, LOWERED = 1.25, 1.5
 STEP_S = 2.0
 MOST_STREAMS = 10_000
