@@ -147,7 +147,7 @@ def test_the_rate_is_raised_or_lowered_until_the_limit_lies_between(
     limit: float, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def tried(urls: object, rate: float, seconds: float) -> Step:
-        lag_ms = 0.1 if rate <= limit else 5.0
+        lag_ms = 0.1 if rate <= limit else 9.0
         return Step(rate, lag_ms, lag_ms, 0.0, 10, 10, 64 * rate, 1, 0.0)
 
     monkeypatch.setattr("harness.selftest.tried", tried)
@@ -168,7 +168,7 @@ def test_a_machine_too_busy_for_any_rate_is_said(monkeypatch: pytest.MonkeyPatch
     ("sent_late_ms", "read_late_ms", "outcome", "reached"),
     [
         (0.5, 1.0, "completed", True),
-        (1.5, 1.0, "completed", False),
+        (6.0, 1.0, "completed", False),
         (0.5, 50.0, "completed", False),
         (0.5, 1.0, "failed", False),
     ],
@@ -212,8 +212,8 @@ def test_the_first_requests_open_connections_and_are_not_held_against_the_rate()
         )
 
     said = [{"open_most": 1, "late_p99_ms": 0.1}]
-    cold = [sent_late(i, 2.0 if i < COLD else 0.2) for i in range(200)]
+    cold = [sent_late(i, 6.0 if i < COLD else 0.2) for i in range(200)]
     # Records come in the order of their ends.
     assert step_of(cold[::-1], 100.0, 64, said).lag_p99_ms == pytest.approx(0.2)
-    late = [sent_late(i, 2.0 if i % 20 == 0 else 0.2) for i in range(200)]
+    late = [sent_late(i, 6.0 if i % 20 == 0 else 0.2) for i in range(200)]
     assert not step_of(late, 100.0, 64, said).reached
