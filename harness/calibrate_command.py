@@ -16,6 +16,7 @@ from analysis.calibration.calibration_lines import calibration_lines
 from analysis.reports.figures_of_steps import step_time_figure
 from harness.config import ExperimentConfig, load_config
 from harness.display import Display
+from harness.exits import INTERRUPT_EXIT
 from harness.experiment import calibrated, write_inputs
 from harness.interrupts import until_terminated
 from harness.saturated import calibration_record
@@ -23,7 +24,6 @@ from harness.step_sources import ITERATION_FLAG
 from harness.store import Store
 from harness.target import assumptions, require_fitting, target_server
 
-INTERRUPT_EXIT = 130
 FIGURE = "calibration.svg"
 
 

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from harness.exits import INTERRUPT_EXIT, USAGE_EXIT
 from loadgen.mendable import Mendable
 
-USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,

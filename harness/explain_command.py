@@ -15,10 +15,10 @@ from analysis.reports.figures_of_explain import explanation_png, explanation_svg
 from analysis.verdicts.evidence import Evidence
 from analysis.verdicts.explain import Explanation
 from harness.evidence_rows import read_row
+from harness.exits import CANNOT_SAY_EXIT
 from harness.store import Store
 from harness.streams import finite
 
-CANNOT_SAY_EXIT = 11
 FIGURES = ("explain.png", "explain.svg")
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 

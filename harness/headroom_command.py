@@ -22,6 +22,7 @@ from harness.config import ConfigError, ServerConfig
 from harness.connection import connect
 from harness.display import Display
 from harness.engines import ENGINES
+from harness.exits import CANNOT_SAY_EXIT, INTERRUPT_EXIT
 from harness.interrupts import until_terminated
 from harness.limits import read_limits
 from harness.sampler import sample_engine
@@ -29,7 +30,6 @@ from harness.server_limits import ServerLimits, get_text
 from harness.store import Store
 from harness.streams import JsonLines, finite, read_lines
 
-CANNOT_SAY_EXIT, INTERRUPT_EXIT = 11, 130
 GONE_AFTER_S = 30.0
 """A production server may be restarted while it is watched: the counters then say so."""
 SCRAPE_TIMEOUT_S = 5.0

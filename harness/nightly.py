@@ -11,6 +11,7 @@ from typing import Any, Literal
 import aiohttp
 
 from harness.config import ConfigError
+from harness.exits import INTERRUPT_EXIT, JUDGED
 from harness.history import Entry, History
 from harness.history_entry import entry_of
 from harness.history_series import Judged, change_text, series, usable
@@ -20,8 +21,7 @@ from harness.streams import StoreError, as_json, finite
 Status = Literal["fine", "regression", "refuted", "not measured"]
 Measure = Callable[[Path, Path], int]
 """Carries a config out into a folder and returns the exit status of ``critrate run``."""
-JUDGED = (0, 10, 11, 12, 13)
-FINE_EXIT, REGRESSION_EXIT, NOT_MEASURED_EXIT, INTERRUPT_EXIT = 0, 10, 2, 130
+FINE_EXIT, REGRESSION_EXIT, NOT_MEASURED_EXIT = 0, 10, 2
 """As of ``critrate run``: 10 is a claim that was refuted, here also that tonight is as before."""
 WEBHOOK_S = 10.0
 

@@ -15,12 +15,11 @@ from analysis.reports.summary import summary
 from harness.change_line import to_raise_it
 from harness.config import load_config
 from harness.display import Display
+from harness.exits import INTERRUPT_EXIT
 from harness.experiment import run_experiment
 from harness.interrupts import until_terminated
 from harness.store import Store
 from harness.streams import finite
-
-INTERRUPT_EXIT = 130
 
 
 def run_command(

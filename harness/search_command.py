@@ -18,6 +18,7 @@ from analysis.verdicts.search_result import SearchResult, search_lines
 from analysis.verdicts.search_verdict import SearchVerdict, search_verdict, verdict_lines
 from harness.config import ConfigError, ExperimentConfig, load_config
 from harness.display import Display
+from harness.exits import INTERRUPT_EXIT
 from harness.experiment import gpus_of, predicted, write_inputs
 from harness.interrupts import until_terminated
 from harness.offer import Stage
@@ -27,8 +28,6 @@ from harness.store import Store
 from harness.streams import finite
 from harness.target import assumptions, require_fitting, target_server
 from loadgen.processes import POISSON
-
-INTERRUPT_EXIT = 130
 
 
 def search_command(

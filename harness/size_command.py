@@ -13,12 +13,12 @@ from rich.console import Console
 from analysis.numbers.estimate import Estimate
 from analysis.numbers.formatting import estimate_text, grouped, percent, seconds, words
 from analysis.operation.sizing import SURE, CannotSize, Fleet, fleet
+from harness.exits import CANNOT_SAY_EXIT
 from harness.sections import ConfigError
 from harness.size_source import Replica, changed, replica_of
 from harness.sizing import Demand, checked_fleet, engine_shares, trace_demand, waits
 from harness.streams import finite
 
-CANNOT_SAY_EXIT = 11
 HOURS_A_MONTH = 730
 
 

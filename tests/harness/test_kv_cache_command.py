@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from harness.cli import USAGE_EXIT, main
+from harness.cli import main
 from harness.config import ConfigError
+from harness.exits import USAGE_EXIT
 from harness.kv_cache_command import size_bytes
 from harness.kv_models import (
     KnownModel,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from harness import one_run
 from harness.history import History
 from harness.nightly import post, run_night
 from tests.harness.past_nights import finished, kept_entry, past
@@ -142,12 +143,11 @@ def test_why_nothing_was_measured_is_what_the_program_said_last(tmp_path: Path) 
 def test_an_experiment_that_hangs_is_told_to_end_and_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = script("nightly")
     hangs = tmp_path / "hangs"
     hangs.write_text("#!/bin/sh\ntrap 'exit 11' TERM\nwhile :; do sleep 0.05; done\n")
     hangs.chmod(0o755)
-    monkeypatch.setattr(program.sys, "executable", str(hangs))
-    assert program.measure_within(1.0)(Path("a.yaml"), tmp_path / "a") == 11
+    monkeypatch.setattr(one_run.sys, "executable", str(hangs))
+    assert one_run.run_config(Path("a.yaml"), tmp_path / "a", limit_s=1.0) == 11
 
 
 def served(status: int, wait_s: float, body: dict[str, Any]) -> tuple[str | None, list[Any]]:
