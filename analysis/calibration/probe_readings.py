@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.calibration.probes import BUDGET_STEPS, Probe
 from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.step_time import StepObservation
 from loadgen.records import RequestRecord
+
+FLATTER = 1e-3
+"""Weight of how flat a line is beside how well it fits: it decides where two points leave it open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,28 +69,34 @@ def step_observation(
     """The decode steps of the longest output (of those, the one that began last).
 
     Between its first and last token lie exactly o - 1 steps, and, where prompts are computed in
-    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. What
-    the other requests add to those steps follows from the times of their own tokens: a prompt that
-    completes in between adds all its tokens to one step, a request that decodes alongside one token
-    and its context to each.
+    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. A prompt
+    that completes in between adds all its tokens to one step. A request that decodes alongside adds
+    one token and its context to each step that it shares: one of as many output tokens shares all
+    but those by which it ends earlier (`_steps_ahead`), of another the times of its tokens tell.
     """
     first = np.array([r.first_token_ns for r in records], dtype=float)
     last = np.array([r.last_token_ns for r in records], dtype=float)
     prompt = np.array([r.prompt_tokens for r in records], dtype=float)
     output = np.array([r.output_tokens for r in records], dtype=float)
     own = int(np.lexsort((first, output))[-1])
-    half_step_ns = (last[own] - first[own]) / (output[own] - 1) / 2
+    decodes = output[own] - 1
+    half_step_ns = (last[own] - first[own]) / decodes / 2
     # A client reads the tokens of one step one after another: the first read of each step tells its end.
     alike = output == output[own]
-    begin = first[alike & (first > first[own] - half_step_ns)].min()
-    end = last[alike & (abs(last - last[own]) < half_step_ns)].min()
-    decode_ns = (end - begin) / (output[own] - 1)
+    together = alike & (first > first[own] - half_step_ns)
+    begin, end = first[together].min(), last[together].min()
+    decode_ns = (end - begin) / decodes
     start, stop = np.maximum(first, begin), np.minimum(last, end)
     shared = np.maximum(stop - start, 0.0) / decode_ns
     progress = ((start + stop) / 2 - first) / np.maximum(last - first, 1.0) * (output - 1)
+    ahead = _steps_ahead(
+        first[alike], last[alike], decodes, begin, end, beside=prefill_chunk is None
+    )
+    shared[alike] = np.maximum(decodes - ahead, 0.0)
+    progress[alike] = np.minimum((decodes + ahead) / 2, decodes)
     resident = prompt + progress + 0.5
     joined = (first > begin + half_step_ns) & (first <= end + half_step_ns)
-    steps = output[own] - 1
+    steps = decodes
     if prefill_chunk is not None:
         steps += np.ceil(prompt[joined] / prefill_chunk).sum()
     return StepObservation(
@@ -98,6 +109,91 @@ def step_observation(
         end_ns=int(end),
         joined_prompt_tokens=int(prompt[joined].sum()),
     )
+
+
+def _steps_ahead(
+    first_ns: NDArray[np.float64],
+    last_ns: NDArray[np.float64],
+    decodes: float,
+    begin_ns: float,
+    end_ns: float,
+    *,
+    beside: bool,
+) -> NDArray[np.float64]:
+    """How many steps before the last ones each of a batch of equal requests began and ended, shape (n,).
+
+    The last ones decode from ``begin_ns`` to ``end_ns``, in ``decodes`` steps. Those that began in one
+    step end in one step, so many steps before the next group as they began before it. Where groups
+    decode ``beside`` the prompts of the others, those steps were equally many for all, or as many as
+    full steps fit between, and not fewer than one: what makes the length of a step a line in the
+    number of requests is taken. Otherwise their mean length tells. Shares of the time would not do:
+    steps become shorter as requests end.
+    """
+    step_ns = (end_ns - begin_ns) / decodes
+    order = np.argsort(first_ns)
+    group = np.cumsum(np.diff(first_ns[order], prepend=first_ns.min()) > step_ns / 2)
+    members = [order[group == g] for g in range(group[-1] + 1)]
+    begun = np.array([first_ns[m].min() for m in members])
+    ended = np.array([np.median(last_ns[m]) for m in members])
+    seen = int(np.searchsorted(ended, begin_ns + step_ns / 2))
+    before = np.full(len(members), decodes)
+    if beside:
+        sizes = np.array([len(m) for m in members[seen:]])
+        before[seen:] = _beside_prompts(begun[seen:], ended[seen:] - begin_ns, sizes, decodes)
+    else:
+        before[seen:] = np.rint((end_ns - ended[seen:]) / step_ns)
+    ahead = np.empty(len(first_ns))
+    ahead[order] = before[group]
+    return ahead
+
+
+def _beside_prompts(
+    begun_ns: NDArray[np.float64],
+    ended_ns: NDArray[np.float64],
+    sizes: NDArray[np.int_],
+    decodes: float,
+) -> NDArray[np.float64]:
+    """Steps by which each group of ``sizes`` was before the last, when whose first tokens came is 0
+    for ``ended_ns``."""
+    gaps = len(sizes) - 1
+    if gaps == 0:
+        return np.zeros(1)
+    begun = np.diff(begun_ns)
+    times = np.maximum(np.diff(ended_ns, prepend=0.0), 1.0)
+    running = np.cumsum(sizes[::-1])[::-1]
+    best, least = np.ones(gaps), math.inf
+    for shortest in range(1, int(decodes // gaps) + 1):
+        for steps in (np.full(gaps, float(shortest)), _full_steps(begun, shortest)):
+            left = decodes - steps.sum()
+            if left <= 0:
+                continue
+            lengths = times / np.concatenate([[left], steps])
+            off = _off_a_line(running, lengths)
+            if off < least:
+                best, least = steps, off
+    return np.concatenate([np.cumsum(best[::-1])[::-1], [0.0]])
+
+
+def _off_a_line(running: NDArray[np.int_], lengths: NDArray[np.float64]) -> float:
+    """Squares of what a line leaves of each step's length, as shares, and a little for a steep one."""
+    design = np.stack([np.ones(len(running)), running], axis=1) / lengths[:, None]
+    coefficients = np.linalg.lstsq(design, np.ones(len(running)), rcond=None)[0]
+    left = np.square(design @ coefficients - 1).sum()
+    return float(left + FLATTER * np.square(np.diff(np.log(lengths))).sum())
+
+
+def _full_steps(gaps_ns: NDArray[np.float64], shortest: int) -> NDArray[np.float64]:
+    """So many steps as fit each gap, ``shortest`` in the shortest; they grow with what is cached.
+
+    The last one may not be full, since no prompt follows.
+    """
+    step_ns = gaps_ns[: max(1, len(gaps_ns) - 1)].min() / shortest
+    steps = np.ones(len(gaps_ns))
+    for g, gap_ns in enumerate(gaps_ns[:-1]):
+        steps[g] = max(1, round(gap_ns / step_ns))
+        step_ns = gap_ns / steps[g]
+    steps[-1] = max(1, math.ceil(gaps_ns[-1] / step_ns - 0.1))
+    return steps
 
 
 def sequence_ceiling(results: Sequence[ProbeResult]) -> tuple[int | None, str]:

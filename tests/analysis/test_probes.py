@@ -144,3 +144,35 @@ def test_no_prompt_is_counted_in_a_step_that_computed_a_part_of_it() -> None:
     opener = probe.count
     assert abs(off(probe.lengths)) < 0.002
     assert off([*probe.lengths[:opener], *probe.lengths[opener + 1 :]]) < -0.01
+
+
+@pytest.mark.parametrize("b0_s", [0.004, 0.02])
+@pytest.mark.parametrize("budget", [256, 512])
+@pytest.mark.parametrize(
+    "lengths", [((8, 300), (8, 160)), ((8, 1200), (8, 32)), ((8, 64), (8, 600))]
+)
+def test_a_batch_that_begins_over_many_steps_is_counted_in_the_steps_it_shares(
+    lengths, budget, b0_s
+) -> None:
+    """The first of the batch end steps before the last, and those last steps are the shortest: shares
+    of the time would be off by up to 20 %."""
+    limits = EngineLimits(num_blocks=2000, block_size=16, max_num_batched_tokens=budget)
+    law = StepTime(b0_s=b0_s, b1_s_per_token=8e-5, b2_s_per_kv_token=3e-7)
+    ending_apart = 0
+    for probe in design_probes(uniform(*lengths), limits):
+        if probe.output_tokens == 1 or probe.prompts:
+            continue
+        triples = np.array([(probe.prompt_tokens, *[probe.output_tokens] * 2)] * probe.count)
+        # As they are sent: one after another, in less than a step of prompts.
+        arrivals = np.linspace(0, 0.01, probe.count)
+        records = simulate(limits, law, arrivals, triples, 600.0).records
+        ending_apart += len({r.last_token_ns for r in records}) > 3
+        seen = step_observation(records)
+        expected = (
+            seen.steps * law.b0_s
+            + seen.tokens * law.b1_s_per_token
+            + seen.kv_tokens * law.b2_s_per_kv_token
+        )
+        # One step among the seventeen of a long prompt may go unnoticed.
+        assert seen.duration_s == pytest.approx(expected, rel=3e-3), probe.name
+    assert ending_apart >= 2

@@ -14,7 +14,7 @@ import pytest
 from harness.store import Store
 from tests.harness.program import CONFIG, config_file, critrate, exit_status, mock_pids
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.live
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT)
 
