@@ -16,7 +16,7 @@ from analysis.operation.sizing import SURE, CannotSize, Fleet, fleet
 from harness.exits import CANNOT_SAY_EXIT
 from harness.sections import ConfigError
 from harness.size_source import Replica, changed, replica_of
-from harness.sizing import Demand, checked_fleet, engine_shares, trace_demand, waits
+from harness.sizing import WIDEST, Demand, checked_fleet, engine_shares, trace_demand, waits
 from harness.streams import finite
 
 HOURS_A_MONTH = 730
@@ -102,6 +102,7 @@ def answer(
         "quantile": quantile,
         "fleet": found.to_dict(),
         "critical_rate": critical.to_dict(),
+        "advice": advice(critical, found),
         "binding": prediction.binding,
         "waits": waits(replica, found.replicas, rate, speed, quantile, seed),
         "one_lost": None,
@@ -117,6 +118,18 @@ def answer(
     if price is not None:
         answer["cost"] = cost(found, price * (gpus or replica.gpus))
     return answer
+
+
+def advice(critical: Estimate, found: Fleet) -> str | None:
+    """What to do about a critical rate that is known to less than `WIDEST`; None where it is known."""
+    half = critical.at_level(0.90).half_width / critical.value if critical.level < 1.0 else 0.0
+    if half < WIDEST:
+        return None
+    return (
+        f"the critical rate is known to {percent(half)} only (90 %), for which {found.replicas} "
+        f"replicas are taken, not {found.likely}: before buying, `critrate run` on one replica, which "
+        "calibrates and measures it; where that was done, once more, or longer (load.horizon_s)"
+    )
 
 
 def cost(found: Fleet, per_replica_hour: float) -> dict[str, float]:
@@ -181,6 +194,8 @@ def _fleet_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if one["one_lost"] is not None:
         lines.append(("one lost", _waits_text(one["one_lost"], name)))
+    if one["advice"] is not None:
+        lines.insert(1, ("known badly", one["advice"]))
     onset = one["preemption_from"]
     if onset is None:
         lines.append(("preemption", f"none to speak of: {words(one['binding'])} binds before"))

@@ -25,6 +25,9 @@ from harness.size_source import Replica
 from loadgen.traces import FORMATS, read_requests
 from loadgen.workload import Workload
 
+WIDEST = 0.04
+"""Half width at 90 % of a critical rate, as a share of it, from which on calibrating again pays: what
+`critrate run` goes on probing for at its usual band of agreement (`harness.predict.NARROW` of 10 %)."""
 DAYS = 4
 """Simulated; those for the waits that are shown are half as long."""
 REQUESTS, REQUEST_STEPS = 12_000, 4_000_000

@@ -11,6 +11,7 @@ from analysis.numbers.estimate import Estimate
 from analysis.numbers.formatting import estimate_text, grouped, percent, plain, value_text
 from analysis.numbers.lack_of_fit import FALSE_ALARM
 from analysis.numbers.quantiles import normal_quantile, student_quantile
+from analysis.schedulers.step_time import StepTime
 
 POOL_TOLERANCE = 0.02
 """Shown and implied pool differ where the implied interval stays this far away from what is shown."""
@@ -26,6 +27,9 @@ CONDITIONS = (
     (float("inf"), "the probes hardly tell the terms apart: only steps like theirs are known"),
 )
 
+FURTHEST = 3
+"""So many designs are named where the law is not linear."""
+
 Lines = list[tuple[str, str]]
 
 
@@ -40,7 +44,7 @@ def calibration_lines(record: Mapping[str, Any]) -> Lines:
         ("condition", _condition(float(fit["condition_number"]))),
         ("scatter", _scatter(record)),
     ]
-    lines += [("lack of fit", _lack_of_fit(fit["lack_of_fit"]))]
+    lines += [("lack of fit", _lack_of_fit(fit["lack_of_fit"]) + _furthest_off(record))]
     lines += [
         (f"check {number}", f"{c['source']}, {c['quantity']}: {c['text']}")
         for number, c in enumerate(record["checks"], 1)
@@ -124,6 +128,24 @@ def _lack_of_fit(test: Mapping[str, Any] | None) -> str:
     return said + (
         "THE STEP TIME IS NOT LINEAR in tokens, KV and requests; the interval of the saturated step "
         "holds that, and more probes would not make it smaller"
+    )
+
+
+def _furthest_off(record: Mapping[str, Any]) -> str:
+    """The designs that the law misses most, where it is not linear; else nothing."""
+    test = record["fit"]["lack_of_fit"]
+    if test is None or test["p_value"] >= FALSE_ALARM:
+        return ""
+    law = StepTime(**record["fit"]["law"])
+    off: dict[str, list[float]] = {}
+    for seen in record["observations"]:
+        steps, *sums = (float(seen[key]) for key in ("steps", "tokens", "kv_tokens", "running"))
+        said_s = steps * law(*(total / steps for total in sums))
+        off.setdefault(seen["probe"], []).append(seen["duration_s"] / said_s - 1.0)
+    means = {name: float(np.mean(values)) for name, values in off.items()}
+    furthest = sorted(means, key=lambda name: -abs(means[name]))[:FURTHEST]
+    return "; furthest off the law: " + ", ".join(
+        f"{name!r} {100 * means[name]:+.1f} %" for name in furthest
     )
 
 

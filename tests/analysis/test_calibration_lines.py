@@ -108,8 +108,12 @@ def test_what_is_not_known_is_said() -> None:
 def test_a_law_that_is_not_linear_is_said_to_be(p: float, statistic: Any, said: str) -> None:
     changed = record()
     changed["fit"]["lack_of_fit"] |= {"p_value": p, "statistic": statistic}
+    for seen in changed["observations"]:
+        if seen["probe"] == "short":
+            seen["duration_s"] *= 1.05
     line = dict(calibration_lines(changed))["lack of fit"]
     assert "NOT LINEAR" in line and said in line
+    assert "furthest off the law: 'short' +5" in line
 
 
 def test_the_picture_names_every_design_and_the_extrapolated_step() -> None:
