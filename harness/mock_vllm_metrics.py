@@ -49,127 +49,126 @@ def _finished(reason: str) -> _Value:
     return (lambda s: s.aborted) if reason == "abort" else _nothing
 
 
-def _rows() -> _Rows:
-    """(name, type, help, [(labels, value)]) of every metric that is one number."""
-    return [
-        (
-            "vllm:num_requests_running",
-            "gauge",
-            "Number of requests in model execution batches.",
-            [({}, lambda s: s.sample.running)],
-        ),
-        (
-            "vllm:num_requests_waiting",
-            "gauge",
-            "Number of requests waiting to be processed.",
-            [({}, lambda s: s.sample.waiting)],
-        ),
-        (
-            "vllm:num_requests_waiting_by_reason",
-            "gauge",
-            "Number of waiting requests by reason. Reason labels: 'capacity' = waiting for "
-            "scheduling capacity; 'deferred' = deferred by transient constraints (LoRA budget, KV "
-            "transfer, blocked status). Sum of all reasons equals vllm:num_requests_waiting.",
-            [
-                ({"reason": "capacity"}, lambda s: s.sample.waiting),
-                ({"reason": "deferred"}, _nothing),
-            ],
-        ),
-        (
-            "vllm:engine_sleep_state",
-            "gauge",
-            "Engine sleep state; awake = 0 means engine is sleeping; awake = 1 means engine is "
-            "awake; weights_offloaded = 1 means sleep level 1; discard_all = 1 means sleep level "
-            "2.",
-            [
-                ({"sleep_state": "awake"}, _always),
-                ({"sleep_state": "weights_offloaded"}, _nothing),
-                ({"sleep_state": "discard_all"}, _nothing),
-            ],
-        ),
-        (
-            "vllm:kv_cache_usage_perc",
-            "gauge",
-            "KV-cache usage. 1 means 100 percent usage.",
-            [({}, lambda s: s.sample.kv_usage)],
-        ),
-        (
-            "vllm:prefix_cache_queries",
-            "counter",
-            "Prefix cache queries, in terms of number of queried tokens.",
-            [({}, _nothing)],
-        ),
-        (
-            "vllm:prefix_cache_hits",
-            "counter",
-            "Prefix cache hits, in terms of number of cached tokens.",
-            [({}, lambda s: s.sample.prefix_hit_tokens)],
-        ),
-        (
-            "vllm:num_preemptions",
-            "counter",
-            "Cumulative number of preemption from the engine.",
-            [({}, lambda s: s.sample.preemptions)],
-        ),
-        (
-            "vllm:prompt_tokens",
-            "counter",
-            "Number of prefill tokens processed.",
-            [({}, lambda s: s.sample.prompt_tokens)],
-        ),
-        (
-            "vllm:prompt_tokens_by_source",
-            "counter",
-            "Number of prompt tokens by source.",
-            [
-                ({"source": "local_compute"}, lambda s: s.sample.prompt_tokens),
-                ({"source": "local_cache_hit"}, _nothing),
-                ({"source": "external_kv_transfer"}, _nothing),
-            ],
-        ),
-        (
-            "vllm:prompt_tokens_cached",
-            "counter",
-            "Number of cached prompt tokens (local + external).",
-            [({}, _nothing)],
-        ),
-        (
-            "vllm:generation_tokens",
-            "counter",
-            "Number of generation tokens processed.",
-            [({}, lambda s: s.sample.generation_tokens)],
-        ),
-        (
-            "vllm:request_success",
-            "counter",
-            "Count of successfully processed requests.",
-            [
-                ({"finished_reason": reason}, _finished(reason))
-                for reason in ("stop", "length", "abort", "error", "repetition")
-            ],
-        ),
-        (
-            "vllm:admission_rejections",
-            "counter",
-            "Number of admission attempts rejected by a queue limit, by reason.",
-            [
-                ({"engine": "", "reason": "max_num_queued_reqs"}, _nothing),
-                ({"engine": "", "reason": "max_num_queued_tokens"}, _nothing),
-            ],
-        ),
-        (
-            "critrate_mock_steps",
-            "counter",
-            "Steps that the mock engine completed.",
-            [({}, lambda s: s.steps)],
-        ),
-        (
-            "critrate_mock_overrun_steps",
-            "counter",
-            "Steps that were completed later than their set end by more than their duration.",
-            [({}, lambda s: s.overruns)],
-        ),
-    ]
+_NUMBERS: _Rows = [
+    (
+        "vllm:num_requests_running",
+        "gauge",
+        "Number of requests in model execution batches.",
+        [({}, lambda s: s.sample.running)],
+    ),
+    (
+        "vllm:num_requests_waiting",
+        "gauge",
+        "Number of requests waiting to be processed.",
+        [({}, lambda s: s.sample.waiting)],
+    ),
+    (
+        "vllm:num_requests_waiting_by_reason",
+        "gauge",
+        "Number of waiting requests by reason. Reason labels: 'capacity' = waiting for "
+        "scheduling capacity; 'deferred' = deferred by transient constraints (LoRA budget, KV "
+        "transfer, blocked status). Sum of all reasons equals vllm:num_requests_waiting.",
+        [
+            ({"reason": "capacity"}, lambda s: s.sample.waiting),
+            ({"reason": "deferred"}, _nothing),
+        ],
+    ),
+    (
+        "vllm:engine_sleep_state",
+        "gauge",
+        "Engine sleep state; awake = 0 means engine is sleeping; awake = 1 means engine is "
+        "awake; weights_offloaded = 1 means sleep level 1; discard_all = 1 means sleep level "
+        "2.",
+        [
+            ({"sleep_state": "awake"}, _always),
+            ({"sleep_state": "weights_offloaded"}, _nothing),
+            ({"sleep_state": "discard_all"}, _nothing),
+        ],
+    ),
+    (
+        "vllm:kv_cache_usage_perc",
+        "gauge",
+        "KV-cache usage. 1 means 100 percent usage.",
+        [({}, lambda s: s.sample.kv_usage)],
+    ),
+    (
+        "vllm:prefix_cache_queries",
+        "counter",
+        "Prefix cache queries, in terms of number of queried tokens.",
+        [({}, _nothing)],
+    ),
+    (
+        "vllm:prefix_cache_hits",
+        "counter",
+        "Prefix cache hits, in terms of number of cached tokens.",
+        [({}, lambda s: s.sample.prefix_hit_tokens)],
+    ),
+    (
+        "vllm:num_preemptions",
+        "counter",
+        "Cumulative number of preemption from the engine.",
+        [({}, lambda s: s.sample.preemptions)],
+    ),
+    (
+        "vllm:prompt_tokens",
+        "counter",
+        "Number of prefill tokens processed.",
+        [({}, lambda s: s.sample.prompt_tokens)],
+    ),
+    (
+        "vllm:prompt_tokens_by_source",
+        "counter",
+        "Number of prompt tokens by source.",
+        [
+            ({"source": "local_compute"}, lambda s: s.sample.prompt_tokens),
+            ({"source": "local_cache_hit"}, _nothing),
+            ({"source": "external_kv_transfer"}, _nothing),
+        ],
+    ),
+    (
+        "vllm:prompt_tokens_cached",
+        "counter",
+        "Number of cached prompt tokens (local + external).",
+        [({}, _nothing)],
+    ),
+    (
+        "vllm:generation_tokens",
+        "counter",
+        "Number of generation tokens processed.",
+        [({}, lambda s: s.sample.generation_tokens)],
+    ),
+    (
+        "vllm:request_success",
+        "counter",
+        "Count of successfully processed requests.",
+        [
+            ({"finished_reason": reason}, _finished(reason))
+            for reason in ("stop", "length", "abort", "error", "repetition")
+        ],
+    ),
+    (
+        "vllm:admission_rejections",
+        "counter",
+        "Number of admission attempts rejected by a queue limit, by reason.",
+        [
+            ({"engine": "", "reason": "max_num_queued_reqs"}, _nothing),
+            ({"engine": "", "reason": "max_num_queued_tokens"}, _nothing),
+        ],
+    ),
+    (
+        "critrate_mock_steps",
+        "counter",
+        "Steps that the mock engine completed.",
+        [({}, lambda s: s.steps)],
+    ),
+    (
+        "critrate_mock_overrun_steps",
+        "counter",
+        "Steps that were completed later than their set end by more than their duration.",
+        [({}, lambda s: s.overruns)],
+    ),
+]
+"""(name, type, help, [(labels, value)]) of every metric that is one number."""
 
 
 def metrics_page(
@@ -180,7 +179,7 @@ def metrics_page(
     common = {"engine": "0", "model_name": model}
     families: list[Family[Shown] | HistogramFamily] = [
         Family(name, kind, text, [(common | extra, value) for extra, value in children])
-        for name, kind, text, children in _rows()
+        for name, kind, text, children in _NUMBERS
     ]
     families += [
         HistogramFamily(f"vllm:{name}", text, [(common, getattr(histograms, name))])

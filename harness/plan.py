@@ -91,6 +91,55 @@ def starts(start: StartOption, load: float) -> tuple[Start, ...]:
     return (start,)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Aim:
+    """What one run has to show: that its queue grows, or (``bounded``) that it does not.
+
+    A replayed trace has no long run, of which any of this could be said: its needs are without bound,
+    its power is NaN.
+    """
+
+    rate: float
+    """Requests per second offered."""
+    bounded: bool
+    excess: float
+    """Distance from the critical rate as a share of it, the prediction's error taken off."""
+    stable_below: float
+    """A drift below this, in requests per second, counts as none."""
+    ca2: float
+    """Variance over mean of the arrivals in the long run; NaN for a replay."""
+    departures: float
+    """The same of what leaves."""
+    mean_residence_s: float
+
+    @property
+    def spread(self) -> float:
+        return self.ca2 + self.departures
+
+    @property
+    def _variance(self) -> float:
+        return stationary_variance(
+            self.rate, self.mean_residence_s, 1.0 - self.excess, self.spread, self.ca2
+        )
+
+    @property
+    def needed_s(self) -> float:
+        """Seconds after the warm-up."""
+        if math.isnan(self.ca2):
+            return math.inf
+        if self.bounded:
+            return stability_duration(self.stable_below, self._variance, STABILITY_POWER)
+        return needed_requests(self.excess, self.spread, GROWTH_POWER) / self.rate
+
+    def power(self, left_s: float) -> float:
+        """Probability that ``left_s`` seconds after the warm-up show it."""
+        if math.isnan(self.ca2):
+            return math.nan
+        if self.bounded:
+            return stability_power(self.stable_below, self._variance, left_s)
+        return growth_power(self.excess, self.spread, left_s * self.rate)
+
+
 def make_plan(
     prediction: Prediction,
     engine: Prediction,
@@ -126,20 +175,17 @@ def make_plan(
     runs, powers = [], []
     cases = [(load, how) for load in loads for how in starts(start, load)]
     for index, (load, how) in enumerate(cases, first_index):
-        bounded = load < 1 and how == "empty"
         rate = load * critical.value
-        excess = max(abs(load - 1.0) - relative_error, least_excess(theta))
-        stable_below = theta / 2 * rate
-        ca2 = dispersion(arrivals, rate)
-        spread = ca2 + departures
-        variance = stationary_variance(rate, mean_s, 1.0 - excess, spread, ca2)
-        if isinstance(arrivals, Replay):
-            needed_s = math.inf
-        elif bounded:
-            needed_s = stability_duration(stable_below, variance, STABILITY_POWER)
-        else:
-            needed_s = needed_requests(excess, spread, GROWTH_POWER) / rate
-        wanted_s = horizon_s or warmup_s + max(needed_s, MEASURED_RESIDENCES * longest_s)
+        aim = _Aim(
+            rate=rate,
+            bounded=load < 1 and how == "empty",
+            excess=max(abs(load - 1.0) - relative_error, least_excess(theta)),
+            stable_below=theta / 2 * rate,
+            ca2=dispersion(arrivals, rate),
+            departures=departures,
+            mean_residence_s=mean_s,
+        )
+        wanted_s = horizon_s or warmup_s + max(aim.needed_s, MEASURED_RESIDENCES * longest_s)
         length_s = _length_s(arrivals, rate, round(warmup_s, 2), wanted_s, max_horizon_s)
         left_s = length_s - warmup_s
         if left_s < MIN_BACKLOG_RESIDENCES * mean_s:
@@ -149,14 +195,7 @@ def make_plan(
                 f"{warmup_s:.0f} s (three of the longest residence times): set load.max_horizon_s and "
                 f"load.horizon_s to at least {shortest_s:.0f}"
             )
-        if isinstance(arrivals, Replay):
-            powers.append(math.nan)
-        else:
-            powers.append(
-                stability_power(stable_below, variance, left_s)
-                if bounded
-                else growth_power(excess, spread, left_s * rate)
-            )
+        powers.append(aim.power(left_s))
         runs.append(
             Run(
                 id=f"{index:02d}-{load:.2f}" + ("-full" if how == "full" else ""),
@@ -164,7 +203,7 @@ def make_plan(
                 horizon_s=length_s,
                 warmup_s=round(warmup_s, 2),
                 seed=seed * 1000 + index,
-                preload=preload_size(engine, length_s, spread) if how == "full" else 0,
+                preload=preload_size(engine, length_s, aim.spread) if how == "full" else 0,
                 arrivals=arrivals,
             )
         )
