@@ -87,7 +87,7 @@ def drift_against_rate(verdict: Verdict) -> str:
         axes.axhline(0.0, color=MUTED, linewidth=0.8)
         axes.set_xlim(grid[0], grid[-1])
         bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom, top + 0.22 * (top - bottom))
+        axes.set_ylim(bottom - 0.08 * (top - bottom), top + 0.22 * (top - bottom))
         axes.set(xlabel="realised arrival rate (req/s)", ylabel="drift of N(t) (req/s)")
 
     return draw(WIDTH_IN, 3.4, "Drift against arrival rate", paint)
@@ -151,13 +151,17 @@ def _drift_point(axes: Axes, run: RunJudgement, rate: float, color: str) -> None
     below, above = drift.value - drift.low, drift.high - drift.value
     errors = [[below], [above]] if np.isfinite([below, above]).all() else None
     axes.errorbar([rate], [drift.value], yerr=errors, fmt="o", color=color, capsize=3, markersize=6)
+    # Below its interval, unless it grows: above it lies the dash of what counts as stable.
+    grows = not drift.value <= run.stable_below
+    low, high = (drift.value, drift.value) if errors is None else (drift.low, drift.high)
     axes.annotate(
         load_label(run.load),
-        (rate, drift.value if errors is None else drift.high),
-        xytext=(0, 4),
+        (rate, high if grows else low),
+        xytext=(0, 4 if grows else -4),
         textcoords="offset points",
         color=color,
         ha="center",
+        va="bottom" if grows else "top",
         fontweight="bold",
     )
     if np.isfinite(run.stable_below):

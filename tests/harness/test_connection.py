@@ -229,6 +229,28 @@ def test_no_error_shows_the_headers_that_were_sent(key: None) -> None:
         assert KEY not in text
 
 
+def test_the_last_try_that_is_cut_short_does_not_hide_what_was_answered() -> None:
+    answers = iter([b"HTTP/1.1 503 busy\r\nContent-Length: 0\r\n\r\n"])
+
+    async def busy_then_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(next(answers, b""))
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    async def run() -> str:
+        listening = await asyncio.start_server(busy_then_silent, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        async with listening, aiohttp.ClientSession() as session:
+            with pytest.raises(ServerFailed) as caught:
+                async with attached(session, url, timeout_s=0.4):
+                    raise AssertionError
+        return str(caught.value)
+
+    assert "it answers 503" in asyncio.run(run())
+
+
 @pytest.mark.parametrize("value", [None, "", "  \n", "with\nbreak", "schlüssel"])
 def test_a_key_that_cannot_be_sent_is_a_mistake_of_the_config(
     monkeypatch: pytest.MonkeyPatch, value: str | None
