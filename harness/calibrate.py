@@ -15,14 +15,14 @@ from analysis.calibration.cross_checks import CrossCheck, cross_checks
 from analysis.calibration.implied_pool import implied_pool
 from analysis.calibration.probe_readings import (
     ProbeResult,
+    read_probes,
     sequence_ceiling,
-    step_observation,
     token_ceiling,
 )
 from analysis.calibration.probes import Probe, design_probes
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.engine import EngineLimits, EngineSample
-from analysis.schedulers.step_time import StepObservation, StepTimeFit, fit_step_time
+from analysis.schedulers.step_time import StepObservation, StepTimeFit
 from harness.engines import EngineFacts
 from harness.prober import SAMPLE_INTERVAL_S, CalibrationFailed, Prober
 from harness.sampler import sample_engine
@@ -105,14 +105,13 @@ async def calibrate(
                 results.append(await prober.run(probe, seed + 100 * round_index))
             if round_index == 0:
                 probes = design_probes(workload, _met(results, limits))
-            if round_index + 1 >= REPEATS and good_enough(fitted(results, limits), enough):
+            if round_index + 1 >= REPEATS and good_enough(fitted(results, limits)[0], enough):
                 break
     finally:
         stop.set()
         await asyncio.gather(sampling, return_exceptions=True)
-    fit = fitted(results, limits)
+    fit, pairs = fitted(results, limits)
     sequences, budget, notes = _ceilings(results, limits)
-    pairs = _observed(results, limits)
     return Calibration(
         fit=fit,
         observations=tuple(seen for _, seen in pairs),
@@ -150,10 +149,13 @@ def _met(results: Sequence[ProbeResult], limits: EngineLimits) -> EngineLimits:
     return replace(limits, max_num_batched_tokens=found)
 
 
-def _observed(
+def fitted(
     results: Sequence[ProbeResult], limits: EngineLimits
-) -> list[tuple[ProbeResult, StepObservation]]:
-    """Each probe that decoded undisturbed, and what its tokens' times say."""
+) -> tuple[StepTimeFit, list[tuple[ProbeResult, StepObservation]]]:
+    """The law of the probes that decoded undisturbed, and what the times of each one's tokens say.
+
+    Raises CalibrationFailed where they give none.
+    """
     budget = _met(results, limits).mixed_budget
     decoding = [
         r
@@ -161,22 +163,10 @@ def _observed(
         if r.probe.output_tokens > 1 and not r.preemptions and r.probe.in_one_step(budget)
     ]
     try:
-        return [
-            (r, replace(step_observation(r.records, limits.prefill_chunk), probe=r.probe.name))
-            for r in decoding
-        ]
-    except ValueError as error:
-        raise CalibrationFailed(
-            f"a probe's tokens all came at once ({error}): is there a proxy that buffers the stream?"
-        ) from error
-
-
-def fitted(results: Sequence[ProbeResult], limits: EngineLimits) -> StepTimeFit:
-    """The law of the probes that decoded. Raises CalibrationFailed where they give none."""
-    try:
-        return fit_step_time([seen for _, seen in _observed(results, limits)])
+        fit, seen = read_probes([(r.probe.name, r.records) for r in decoding], limits.prefill_chunk)
     except ValueError as error:
         raise CalibrationFailed(
             f"the probes give no step-time law ({error}); is there a proxy that buffers the stream, or "
             "a pool that holds only a few requests?"
         ) from error
+    return fit, list(zip(decoding, seen, strict=True))

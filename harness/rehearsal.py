@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.calibration.probe_readings import step_observation
+from analysis.calibration.probe_readings import read_probes
 from analysis.calibration.probes import Probe, design_probes
 from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.simulate import simulate
-from analysis.schedulers.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
+from analysis.schedulers.step_time import StepTime, StepTimeFit
 from analysis.theory.prediction import Prediction
 from analysis.theory.waterfall import Mechanism
 from analysis.verdicts.evidence import Evidence, MeasuredRun
@@ -147,16 +147,18 @@ def calibrated(
     Also returned: the requests that they took.
     """
     probes = [p for p in design_probes(workload, shown) if p.output_tokens > 1]
-    observations: list[StepObservation] = []
+    seen: list[tuple[str, list[RequestRecord]]] = []
     exact = [] if server.noise else [_probed(p, server, 0) for p in probes]
     for done in range(1, MAX_REPEATS + 1):
         for i, probe in enumerate(probes):
             records = exact[i] if exact else _probed(probe, server, int(rng.integers(2**32)))
-            seen = step_observation(_jittered(records, rng), shown.prefill_chunk)
-            observations.append(replace(seen, probe=probe.name))
-        if done >= REPEATS and good_enough(fit_step_time(observations), enough):
+            seen.append((probe.name, _jittered(records, rng)))
+        if done < REPEATS:
+            continue
+        fit, _ = read_probes(seen, shown.prefill_chunk)
+        if good_enough(fit, enough):
             break
-    return fit_step_time(observations), done * sum(p.count + p.prompts for p in probes)
+    return fit, done * sum(len(p.lengths) for p in probes)
 
 
 def offered(
@@ -199,22 +201,31 @@ def by_construction(rate: float) -> LoadFidelity:
 
 def _probed(probe: Probe, server: SimulatedServer, seed: int) -> list[RequestRecord]:
     law = server.law
-    lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
-    lengths += [(probe.prompt_length, 1)] * probe.prompts
-    # A prompt that follows another is sent when that one is answered: within every third step. The
-    # first comes when the batch is in, without the one of `Probe.lengths` that waits for that.
-    turn_s = 2.5 * law(1, probe.prompt_tokens, 1)
-    arrival_s = [0.0] * probe.count + [turn_s * (i + 1) for i in range(probe.prompts)]
-    triples = np.array([(s, o, o) for s, o in lengths])
-    return simulate(
-        server.limits,
-        law,
-        np.array(arrival_s),
-        triples,
-        3600.0,
-        3600.0,
-        step_factors=server.step_factors(seed),
-    ).records
+
+    def run(lengths: list[tuple[int, int]], arrival_s: list[float]) -> list[RequestRecord]:
+        triples = np.array([(s, o, o) for s, o in lengths])
+        return simulate(
+            server.limits,
+            law,
+            np.array(arrival_s),
+            triples,
+            3600.0,
+            3600.0,
+            step_factors=server.step_factors(seed),
+        ).records
+
+    together = [0.0] * probe.count
+    if not probe.prompts:
+        return run(probe.lengths, together)
+    # The prompts that follow are sent one after another when the one before is answered, the first when
+    # the batch is in: each meets a step under way, and is computed in or after the next.
+    opened = run(probe.lengths[: probe.count + 1], [*together, 0.0])
+    n, held = probe.count, probe.count * (probe.prompt_tokens + probe.output_tokens)
+    turn_s = 1.5 * law(n, held, n) + law(n + probe.prompt_length, held + probe.prompt_length, n + 1)
+    answered_ns = opened[-1].last_token_ns
+    assert answered_ns is not None
+    turns = [answered_ns / 1e9 + turn_s * i for i in range(probe.prompts)]
+    return run(probe.lengths, [*together, 0.0, *turns])
 
 
 def _jittered(records: list[RequestRecord], rng: np.random.Generator) -> list[RequestRecord]:

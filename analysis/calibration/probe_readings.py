@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.calibration.probes import BUDGET_STEPS, Probe
 from analysis.schedulers.engine import EngineLimits, EngineSample
-from analysis.schedulers.step_time import StepObservation
+from analysis.schedulers.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
 from loadgen.records import RequestRecord
 
-FLATTER = 1e-3
-"""Weight of how flat a line is beside how well it fits: it decides where two points leave it open."""
+READINGS = 2
+"""Of the probes, each with the law that the one before gave; a third moves nothing that matters."""
+ALIKE = StepTime(b0_s=1.0)
+"""All steps take the same time: what a first reading has to go by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,45 +64,73 @@ class ProbeResult:
         return self.samples[-1].preemptions - self.samples[0].preemptions
 
 
+def read_probes(
+    probes: Sequence[tuple[str, Sequence[RequestRecord]]], prefill_chunk: int | None = None
+) -> tuple[StepTimeFit, list[StepObservation]]:
+    """The step-time law of probes that decoded, each with its design's name, and what each one says.
+
+    How many of a probe's steps held a request that was not there all the time depends on how long its
+    steps took, which is what is asked for: so they are read again with the law that they gave.
+    Raises ValueError as `fit_step_time` does, or where tokens of a probe all came at once.
+    """
+    law = ALIKE
+    for _ in range(READINGS):
+        seen = [
+            replace(step_observation(records, prefill_chunk, law), probe=name)
+            for name, records in probes
+        ]
+        fit = fit_step_time(seen)
+        law = fit.law
+    return fit, seen
+
+
 def step_observation(
-    records: Sequence[RequestRecord], prefill_chunk: int | None = None
+    records: Sequence[RequestRecord], prefill_chunk: int | None = None, law: StepTime = ALIKE
 ) -> StepObservation:
     """The decode steps of the longest output (of those, the one that began last).
 
     Between its first and last token lie exactly o - 1 steps, and, where prompts are computed in
-    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. A prompt
-    that completes in between adds all its tokens to one step. A request that decodes alongside adds
-    one token and its context to each step that it shares: one of as many output tokens shares all
-    but those by which it ends earlier (`_steps_ahead`), of another the times of its tokens tell.
+    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. What
+    the other requests add to those steps follows from the times of their own tokens: a prompt that
+    completes in between adds all its tokens to one step, a request that decodes alongside one token
+    and its context to each. The o - 1 steps lie in that time as ``law`` spreads them: fuller ones take
+    longer.
     """
     first = np.array([r.first_token_ns for r in records], dtype=float)
     last = np.array([r.last_token_ns for r in records], dtype=float)
     prompt = np.array([r.prompt_tokens for r in records], dtype=float)
     output = np.array([r.output_tokens for r in records], dtype=float)
     own = int(np.lexsort((first, output))[-1])
-    decodes = output[own] - 1
-    half_step_ns = (last[own] - first[own]) / decodes / 2
+    half_step_ns = (last[own] - first[own]) / (output[own] - 1) / 2
     # A client reads the tokens of one step one after another: the first read of each step tells its end.
-    alike = output == output[own]
-    together = alike & (first > first[own] - half_step_ns)
+    together = (output == output[own]) & (first > first[own] - half_step_ns)
     begin, end = first[together].min(), last[together].min()
-    decode_ns = (end - begin) / decodes
-    start, stop = np.maximum(first, begin), np.minimum(last, end)
-    shared = np.maximum(stop - start, 0.0) / decode_ns
-    progress = ((start + stop) / 2 - first) / np.maximum(last - first, 1.0) * (output - 1)
-    ahead = _steps_ahead(
-        first[alike], last[alike], decodes, begin, end, beside=prefill_chunk is None
-    )
-    shared[alike] = np.maximum(decodes - ahead, 0.0)
-    progress[alike] = np.minimum((decodes + ahead) / 2, decodes)
-    resident = prompt + progress + 0.5
+    if not end > begin:
+        raise ValueError("all tokens of a probe came at one instant")
+    start, stop = np.clip(first, begin, end), np.clip(last, begin, end)
     joined = (first > begin + half_step_ns) & (first <= end + half_step_ns)
-    steps = decodes
-    if prefill_chunk is not None:
-        steps += np.ceil(prompt[joined] / prefill_chunk).sum()
+    alone_steps = np.ceil(prompt / prefill_chunk) if prefill_chunk else np.zeros(len(records))
+    progress = (start + stop) / 2 - first
+    progress *= (output - 1) / np.maximum(last - first, 1.0)
+    edges, position = _clock(
+        (
+            start,
+            stop,
+            prompt + np.minimum((stop - first) / (last - first + 1.0), 1.0) * (output - 1),
+        ),
+        np.where(joined, alone_steps, 0.0),
+        np.where(joined, prompt, 0.0),
+        (end - begin) / (output[own] - 1),
+        law,
+    )
+    position *= (output[own] - 1) / position[-1]
+    shared = np.interp(stop, edges, position) - np.interp(start, edges, position)
+    # Counted back from the end: what came before took steps of another length.
+    ended = last <= end + half_step_ns
+    resident = prompt + np.where(ended, output - 1 - shared / 2, progress) + 0.5
     return StepObservation(
         duration_s=(end - begin) / 1e9,
-        steps=float(steps),
+        steps=float(output[own] - 1 + alone_steps[joined].sum()),
         tokens=float(shared.sum() + prompt[joined].sum()),
         kv_tokens=float((shared * resident).sum() + prompt[joined].sum()),
         running=float(shared.sum() + joined.sum()),
@@ -111,89 +140,32 @@ def step_observation(
     )
 
 
-def _steps_ahead(
-    first_ns: NDArray[np.float64],
-    last_ns: NDArray[np.float64],
-    decodes: float,
-    begin_ns: float,
-    end_ns: float,
-    *,
-    beside: bool,
-) -> NDArray[np.float64]:
-    """How many steps before the last ones each of a batch of equal requests began and ended, shape (n,).
+def _clock(
+    decoding: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    alone_steps: NDArray[np.float64],
+    joined_tokens: NDArray[np.float64],
+    step_ns: float,
+    law: StepTime,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Instants, and how many decode steps ``law`` sees done by then, both of shape (m,).
 
-    The last ones decode from ``begin_ns`` to ``end_ns``, in ``decodes`` steps. Those that began in one
-    step end in one step, so many steps before the next group as they began before it. Where groups
-    decode ``beside`` the prompts of the others, those steps were equally many for all, or as many as
-    full steps fit between, and not fewer than one: what makes the length of a step a line in the
-    number of requests is taken. Otherwise their mean length tells. Shares of the time would not do:
-    steps become shorter as requests end.
+    ``decoding`` is from when to when each request decodes, in ns, and its tokens in the cache at last,
+    one more with each step of ``step_ns``; the two that follow are what prompts that join add, in the
+    step that ends when they start. Shapes (n,).
     """
-    step_ns = (end_ns - begin_ns) / decodes
-    order = np.argsort(first_ns)
-    group = np.cumsum(np.diff(first_ns[order], prepend=first_ns.min()) > step_ns / 2)
-    members = [order[group == g] for g in range(group[-1] + 1)]
-    begun = np.array([first_ns[m].min() for m in members])
-    ended = np.array([np.median(last_ns[m]) for m in members])
-    seen = int(np.searchsorted(ended, begin_ns + step_ns / 2))
-    before = np.full(len(members), decodes)
-    if beside:
-        sizes = np.array([len(m) for m in members[seen:]])
-        before[seen:] = _beside_prompts(begun[seen:], ended[seen:] - begin_ns, sizes, decodes)
-    else:
-        before[seen:] = np.rint((end_ns - ended[seen:]) / step_ns)
-    ahead = np.empty(len(first_ns))
-    ahead[order] = before[group]
-    return ahead
-
-
-def _beside_prompts(
-    begun_ns: NDArray[np.float64],
-    ended_ns: NDArray[np.float64],
-    sizes: NDArray[np.int_],
-    decodes: float,
-) -> NDArray[np.float64]:
-    """Steps by which each group of ``sizes`` was before the last, when whose first tokens came is 0
-    for ``ended_ns``."""
-    gaps = len(sizes) - 1
-    if gaps == 0:
-        return np.zeros(1)
-    begun = np.diff(begun_ns)
-    times = np.maximum(np.diff(ended_ns, prepend=0.0), 1.0)
-    running = np.cumsum(sizes[::-1])[::-1]
-    best, least = np.ones(gaps), math.inf
-    for shortest in range(1, int(decodes // gaps) + 1):
-        for steps in (np.full(gaps, float(shortest)), _full_steps(begun, shortest)):
-            left = decodes - steps.sum()
-            if left <= 0:
-                continue
-            lengths = times / np.concatenate([[left], steps])
-            off = _off_a_line(running, lengths)
-            if off < least:
-                best, least = steps, off
-    return np.concatenate([np.cumsum(best[::-1])[::-1], [0.0]])
-
-
-def _off_a_line(running: NDArray[np.int_], lengths: NDArray[np.float64]) -> float:
-    """Squares of what a line leaves of each step's length, as shares, and a little for a steep one."""
-    design = np.stack([np.ones(len(running)), running], axis=1) / lengths[:, None]
-    coefficients = np.linalg.lstsq(design, np.ones(len(running)), rcond=None)[0]
-    left = np.square(design @ coefficients - 1).sum()
-    return float(left + FLATTER * np.square(np.diff(np.log(lengths))).sum())
-
-
-def _full_steps(gaps_ns: NDArray[np.float64], shortest: int) -> NDArray[np.float64]:
-    """So many steps as fit each gap, ``shortest`` in the shortest; they grow with what is cached.
-
-    The last one may not be full, since no prompt follows.
-    """
-    step_ns = gaps_ns[: max(1, len(gaps_ns) - 1)].min() / shortest
-    steps = np.ones(len(gaps_ns))
-    for g, gap_ns in enumerate(gaps_ns[:-1]):
-        steps[g] = max(1, round(gap_ns / step_ns))
-        step_ns = gap_ns / steps[g]
-    steps[-1] = max(1, math.ceil(gaps_ns[-1] / step_ns - 0.1))
-    return steps
+    start, stop, held = decoding
+    edges = np.unique(np.concatenate([start, stop]))
+    middle = (edges[:-1] + edges[1:]) / 2
+    present = (start[:, None] <= middle) & (middle < stop[:, None])
+    count = present.sum(axis=0)
+    resident = held @ present - ((stop[:, None] - middle) * present).sum(axis=0) / step_ns
+    decode_s = law.b0_s + (law.b1_s_per_token + law.b3_s_per_request) * count
+    decode_s = decode_s + law.b2_s_per_kv_token * resident
+    prompt_s = law.b0_s * alone_steps + law.b3_s_per_request * (joined_tokens > 0)
+    prompt_s = prompt_s + (law.b1_s_per_token + law.b2_s_per_kv_token) * joined_tokens
+    piece = np.maximum(np.searchsorted(edges, start) - 1, 0)
+    spent_s = np.diff(edges) / 1e9 - np.bincount(piece, prompt_s, len(middle))
+    return edges, np.concatenate([[0.0], np.cumsum(np.maximum(spent_s, 0.0) / decode_s)])
 
 
 def sequence_ceiling(results: Sequence[ProbeResult]) -> tuple[int | None, str]:

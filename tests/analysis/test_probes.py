@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.calibration.probe_readings import step_observation
+from analysis.calibration.probe_readings import read_probes, step_observation
 from analysis.calibration.probes import design_probes
 from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.simulate import simulate
@@ -167,12 +167,32 @@ def test_a_batch_that_begins_over_many_steps_is_counted_in_the_steps_it_shares(
         arrivals = np.linspace(0, 0.01, probe.count)
         records = simulate(limits, law, arrivals, triples, 600.0).records
         ending_apart += len({r.last_token_ns for r in records}) > 3
-        seen = step_observation(records)
+        seen = step_observation(records, law=law)
         expected = (
             seen.steps * law.b0_s
             + seen.tokens * law.b1_s_per_token
             + seen.kv_tokens * law.b2_s_per_kv_token
         )
-        # One step among the seventeen of a long prompt may go unnoticed.
         assert seen.duration_s == pytest.approx(expected, rel=3e-3), probe.name
     assert ending_apart >= 2
+
+
+def test_probes_read_with_their_own_law_give_that_of_the_server() -> None:
+    """A small token budget: batches begin over many steps, and nobody tells how long each took."""
+    limits = EngineLimits(num_blocks=2048, block_size=16, max_num_batched_tokens=256)
+    law = StepTime(b0_s=0.01, b1_s_per_token=6e-5, b2_s_per_kv_token=2e-7, b3_s_per_request=9e-5)
+    probes = []
+    for probe in design_probes(uniform((16, 160), (16, 80)), limits):
+        if probe.output_tokens == 1 or (probe.prompts and probe.count > 1):
+            continue
+        lengths = [(probe.prompt_tokens, probe.output_tokens)] * probe.count
+        lengths += [(probe.prompt_length, 1)] * probe.prompts
+        arrivals = [0.0] * probe.count + [0.05 * (i + 1) for i in range(probe.prompts)]
+        triples = np.array([(s, o, o) for s, o in lengths])
+        records = simulate(limits, law, np.array(arrivals), triples, 600.0).records
+        probes.append((probe.name, records))
+    fit, seen = read_probes(probes)
+    assert [each.probe for each in seen] == [name for name, _ in probes]
+    assert fit.law.coefficients() == pytest.approx(law.coefficients(), rel=0.02)
+    once = fit_step_time([step_observation(records) for _, records in probes])
+    assert once.residual_relative > 10 * fit.residual_relative

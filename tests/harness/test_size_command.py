@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.operation.sizing import CannotSize
+from analysis.numbers.estimate import Estimate
+from analysis.operation.sizing import CannotSize, Share, fleet
 from harness.sections import ConfigError
-from harness.size_command import answer, cost, text_lines
+from harness.size_command import advice, answer, cost, text_lines
 from harness.size_source import Replica, changed, replica_of, scaled_fit
 from harness.sizing import Demand, checked_fleet, even_lengths, trace_demand
 from loadgen.length_laws import lognormal
@@ -190,6 +191,19 @@ def test_a_checked_fleet_says_all_four_cases(config: Path, monkeypatch: pytest.M
     monkeypatch.setattr("harness.sizing.CHECK_REQUEST_STEPS", 10)
     with pytest.raises(ConfigError, match="leave it out"):
         checked_fleet(replica, 2, 0.3 * rate, 0.95, 1)
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.0, False), (0.02, False), (0.03, True)])
+def test_who_hardly_knows_the_rate_is_told_what_the_fleet_costs_for_that(
+    error: float, said: bool
+) -> None:
+    rate = Estimate.log_normal(10.0, error, "req/s", "predicted")
+    found = fleet(400.0, rate, 1.0, lambda n, s: Share(0.9, 0.0))
+    text = advice(rate, found)
+    assert (text is not None) == said
+    if text is not None:
+        assert f"{found.replicas} replicas are taken, not {found.likely}" in text
+        assert "critrate run" in text
 
 
 def test_cost_is_of_the_fleet_and_its_interval() -> None:
