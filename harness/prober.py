@@ -17,12 +17,14 @@ from analysis.schedulers.engine import EngineSample
 from harness.engines import EngineFacts
 from harness.step_sources import SourceReading, read_sources, told_between
 from loadgen.client import complete
+from loadgen.exchange import TokenStream
 from loadgen.mendable import Mendable
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import RequestRecord
 
 SAMPLE_INTERVAL_S = 0.05
 SETTLE_S = 0.15
+FIRST_TOKEN_POLL_S = 0.001
 PROBE_TIMEOUT_S = 120.0
 IDLE_TIMEOUT_S = 60.0
 
@@ -84,6 +86,8 @@ class Prober:
             for prompt, (_, output) in zip(prompts, lengths, strict=True)
         ]
 
+        streams = [TokenStream() for _ in lengths]
+
         async def one(index: int) -> RequestRecord:
             prompt, output = lengths[index]
             record = await complete(
@@ -96,19 +100,23 @@ class Prober:
                 output_tokens_designed=output,
                 max_tokens=output,
                 timeout_s=PROBE_TIMEOUT_S,
+                stream=streams[index],
             )
             if record.outcome == "unfinished":
                 # A cancelled request ends with a record; here the cancellation has to go on.
                 raise asyncio.CancelledError
             return record
 
-        async def in_turn() -> list[RequestRecord]:
-            return [await one(i) for i in range(probe.count, len(lengths))]
-
         async def all_of_them() -> list[RequestRecord]:
-            batch = [asyncio.create_task(one(i)) for i in range(probe.count)]
-            followers = await in_turn()
-            return [*await asyncio.gather(*batch), *followers]
+            async with asyncio.TaskGroup() as group:
+                batch = [group.create_task(one(i)) for i in range(probe.count)]
+                while probe.prompts and not all(
+                    task.done() or stream.first_token_ns is not None
+                    for task, stream in zip(batch, streams, strict=False)
+                ):
+                    await asyncio.sleep(FIRST_TOKEN_POLL_S)
+                followers = [await one(i) for i in range(probe.count, len(lengths))]
+            return [*(task.result() for task in batch), *followers]
 
         sent = asyncio.create_task(all_of_them())
         try:

@@ -219,13 +219,11 @@ def _probed(probe: Probe, server: SimulatedServer, seed: int) -> list[RequestRec
         return run(probe.lengths, together)
     # The prompts that follow are sent one after another when the one before is answered, the first when
     # the batch is in: each meets a step under way, and is computed in or after the next.
-    opened = run(probe.lengths[: probe.count + 1], [*together, 0.0])
     n, held = probe.count, probe.count * (probe.prompt_tokens + probe.output_tokens)
     turn_s = 1.5 * law(n, held, n) + law(n + probe.prompt_length, held + probe.prompt_length, n + 1)
-    answered_ns = opened[-1].last_token_ns
-    assert answered_ns is not None
-    turns = [answered_ns / 1e9 + turn_s * i for i in range(probe.prompts)]
-    return run(probe.lengths, [*together, 0.0, *turns])
+    batch = run(probe.lengths[:n], together)
+    in_s = max(r.first_token_ns for r in batch if r.first_token_ns is not None) / 1e9
+    return run(probe.lengths, [*together, *(in_s + turn_s * i for i in range(probe.prompts))])
 
 
 def _jittered(records: list[RequestRecord], rng: np.random.Generator) -> list[RequestRecord]:

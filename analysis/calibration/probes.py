@@ -49,14 +49,11 @@ class Probe:
     def lengths(self) -> list[tuple[int, int]]:
         """(prompt, output) tokens of every request: ``count`` at once, then one after another.
 
-        Before the prompts that follow goes one of `SHORT_PROMPT` tokens. When it is through, so is every
-        prompt of the batch: a prompt that shared a step with those would be in part in a step that is
-        observed and in part in one that is not.
+        The first that follows is sent when all of the batch have their first token: a prompt that shared
+        a step with theirs would be in part in a step that is observed and in part in one that is not.
         """
         batch = [(self.prompt_tokens, self.output_tokens)] * self.count
-        if not self.prompts:
-            return batch
-        return [*batch, (SHORT_PROMPT, 1), *[(self.prompt_length, 1)] * self.prompts]
+        return [*batch, *[(self.prompt_length, 1)] * self.prompts]
 
     def in_one_step(self, budget: int | None) -> bool:
         """Does each prompt fit one step beside the decodes? With a token budget or without one."""

@@ -129,21 +129,24 @@ def test_no_prompt_is_counted_in_a_step_that_computed_a_part_of_it() -> None:
     (probe,) = (p for p in probes if p.name == "small prompts")
     assert probe.count * probe.prompt_tokens % 512 > 0 < probe.prompts
 
-    def off(lengths: list[tuple[int, int]]) -> float:
-        """Observed duration over the law's, less 1, each request behind the batch sent in its turn."""
-        arrivals, answered_s = [0.0] * probe.count, 0.0
-        for number in range(probe.count, len(lengths)):
-            arrivals.append(answered_s)
-            triples = np.array([(s, o, o) for s, o in lengths[: number + 1]])
+    def off(first_s: float) -> float:
+        """Observed duration over the law's, less 1; the first prompt behind the batch is sent at
+        ``first_s``, each other one when the one before is answered."""
+        arrivals, next_s = [0.0] * probe.count, first_s
+        for number in range(probe.count, len(probe.lengths)):
+            arrivals.append(next_s)
+            triples = np.array([(s, o, o) for s, o in probe.lengths[: number + 1]])
             records = simulate(limits, law, np.array(arrivals), triples, 600.0).records
-            answered_s = records[number].last_token_ns / 1e9
-        seen = step_observation(records)
+            next_s = records[number].last_token_ns / 1e9
+        seen = step_observation(records, law=law)
         expected = seen.steps * law.b0_s + seen.tokens * law.b1_s_per_token
         return seen.duration_s / expected - 1
 
-    opener = probe.count
-    assert abs(off(probe.lengths)) < 0.002
-    assert off([*probe.lengths[:opener], *probe.lengths[opener + 1 :]]) < -0.01
+    triples = np.array([(s, o, o) for s, o in probe.lengths[: probe.count]])
+    batch = simulate(limits, law, np.zeros(probe.count), triples, 600.0).records
+    in_s = max(r.first_token_ns for r in batch) / 1e9
+    assert abs(off(in_s)) < 0.002
+    assert off(0.0) < -0.01
 
 
 @pytest.mark.parametrize("b0_s", [0.004, 0.02])
