@@ -15,7 +15,7 @@ from harness.evidence_rows import SIMULATED, simulate_set_law
 from harness.launch import PACE_LOG
 from harness.store import STAGES, Store, StoreError
 
-MOST_BYTES = 300_000
+MOST_BYTES = 400_000
 """Of the Parquet of one row."""
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|usr|opt|var|mnt|data|work|Users)/")
 

@@ -13,8 +13,8 @@ from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
 from loadgen.records import RequestRecord
 
-READINGS = 2
-"""Of the probes, each with the law that the one before gave; a third moves nothing that matters."""
+READINGS = 3
+"""Of the probes, each with the law that the one before gave; a fourth moves nothing that matters."""
 ALIKE = StepTime(b0_s=1.0)
 """All steps take the same time: what a first reading has to go by."""
 

@@ -16,10 +16,8 @@ from analysis.schedulers.engine import EngineLimits
 from analysis.theory.kv_demand import kv_demand_engine, residence_steps
 from loadgen.workload import Workload
 
-DECODE_STEPS = 48
-"""Decode steps of a probe: the error of two token times is spread over so many steps."""
-CROWDED_STEPS = 32
-"""The same where many requests decode, and where a design only checks the others."""
+DECODE_STEPS = 64
+"""Decode steps of a probe: the error of two token times, some milliseconds, is spread over so many."""
 FILL = 0.7
 """Largest share of the pool that a probe fills: near saturation, and safely without preemption."""
 SHORT_PROMPT = 8
@@ -72,7 +70,6 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     running = per_step * workload.mean(residence_steps(s, o, chunk))
     longest = min(limits.max_model_len or limits.pool_tokens, limits.pool_tokens)
     decode = max(2, min(DECODE_STEPS, longest - SHORT_PROMPT - 1))
-    crowded = min(decode, CROWDED_STEPS)
 
     def batch(name: str, prompt: float, output: int, wanted: float) -> Probe:
         """So many requests as are wanted, or as fit.
@@ -92,7 +89,7 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     few, some = max(2, round(running / 10)), max(3, round(running / 4))
     mean_prompt = max(round(workload.mean(s)), SHORT_PROMPT)
     long_prompt = int(FILL * limits.num_blocks / few) * limits.block_size - decode
-    medium_prompt = int(FILL / 2 * limits.num_blocks / some) * limits.block_size - crowded
+    medium_prompt = int(FILL / 2 * limits.num_blocks / some) * limits.block_size - decode
     needed_tokens = per_step * workload.mean(s + o - 1)
     beside = max(SHORT_PROMPT, round(min(5 * needed_tokens, longest - 2, 0.2 * limits.pool_tokens)))
     small = max(SHORT_PROMPT, beside // 3)
@@ -102,11 +99,11 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
     burst = round(min(max(32.0, needed_tokens / 4), longest - 2))
     return [
         batch("alone", SHORT_PROMPT, decode, 1),
-        batch("few", SHORT_PROMPT, crowded, running / 3),
-        batch("short", SHORT_PROMPT, crowded, 1.3 * running),
+        batch("few", SHORT_PROMPT, decode, running / 3),
+        batch("short", SHORT_PROMPT, decode, 1.3 * running),
         batch("long", long_prompt, decode, few),
-        batch("medium", medium_prompt, crowded, some),
-        batch("half", mean_prompt, crowded, running / 2),
+        batch("medium", medium_prompt, decode, some),
+        batch("half", mean_prompt, decode, running / 2),
         batch("typical", mean_prompt, decode, running),
         replace(
             batch("prompts", SHORT_PROMPT, decode, 1),
@@ -114,8 +111,8 @@ def design_probes(workload: Workload, limits: EngineLimits) -> list[Probe]:
             prompt_length=beside,
         ),
         replace(
-            batch("small prompts", mean_prompt, crowded, few),
-            prompts=max(1, crowded // 4),
+            batch("small prompts", mean_prompt, decode, few),
+            prompts=max(1, decode // 4),
             prompt_length=small,
         ),
         Probe(
