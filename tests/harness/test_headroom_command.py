@@ -114,12 +114,20 @@ def test_a_live_server_is_only_read(tmp_path: Path) -> None:
     assert kept == limits and again == samples
 
 
-@pytest.mark.parametrize("row", ["vllm_fixed_64_64", "vllm_short_outputs", "sglang_uniform"])
-def test_real_engines_below_their_critical_rate(row: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "index"),
+    [
+        ("vllm_fixed_64_64", 0),
+        ("vllm_short_outputs", 0),
+        ("sglang_uniform", 0),
+        *(("vllm_headroom", i) for i in range(3)),
+    ],
+)
+def test_real_engines_below_their_critical_rate(row: str, index: int) -> None:
     store = Store.open(REFERENCE / row)
     limits = EngineLimits.from_dict(store.read_json("limits.json")["used"])
     critical = store.read_json("verdict.json")["measured"]["value"]
-    run = store.read_run(store.whole_runs()[0])
+    run = store.read_run(store.whole_runs()[index])
     begin = run.start_ns + run.run.warmup_s * 1e9
     samples = [s for s in run.samples if begin <= s.t_ns <= run.end_ns]
     found = headroom(serving_window(samples, limits))
