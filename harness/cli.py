@@ -118,7 +118,7 @@ COMMANDS = {
 def command_of(name: str) -> Any:
     """The command itself, with all that it imports."""
     command = COMMANDS[name]
-    module = import_module(f"harness.{command.module}")
+    module = import_module(f"harness.commands.{command.module}")
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     examples = "\n\n".join(["Examples:", *(f"  {line}" for line in command.examples)])
     alone.command(name, epilog=examples)(getattr(module, f"{name.replace('-', '_')}_command"))

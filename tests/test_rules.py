@@ -8,18 +8,33 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"loadgen": (), "analysis": ("loadgen",), "harness": ("loadgen", "analysis")}
-ROOMS = (
-    "numbers",
-    "schedulers",
-    "slot_models",
-    "theory",
-    "calibration",
-    "inference",
-    "verdicts",
-    "operation",
-    "reports",
-)
-"""Of analysis, in the order in which data goes through it."""
+ROOMS = {
+    "analysis": (
+        "numbers",
+        "schedulers",
+        "slot_models",
+        "theory",
+        "calibration",
+        "inference",
+        "verdicts",
+        "operation",
+        "reports",
+    ),
+    "harness": (
+        "records",
+        "machine",
+        "servers",
+        "mock",
+        "configs",
+        "live",
+        "experiments",
+        "rehearsals",
+        "evidence",
+        "hypotheses",
+        "commands",
+    ),
+}
+"""In the order in which data goes through them. What stands beside the rooms enters none."""
 MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
@@ -44,18 +59,26 @@ def test_imports_run_one_way(path: Path) -> None:
         assert "pynvml" not in imported(path)
 
 
-def test_the_rooms_of_analysis_are_passed_in_order() -> None:
-    assert {p.name for p in (ROOT / "analysis").iterdir() if p.is_dir()} - {"__pycache__"} == {
-        *ROOMS
-    }
-    for path in (ROOT / "analysis").rglob("*/*.py"):
-        later = ROOMS[ROOMS.index(path.parent.name) + 1 :]
-        names = {
-            node.module.split(".")[1]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("analysis.")
-        }
-        assert not names & set(later), f"{path}: turns back from a later room"
+def below(package: str, path: Path) -> set[str]:
+    """What a module imports, by the first name below the package."""
+    whole: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            whole += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            whole += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in whole if name.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_are_passed_in_order(package: str) -> None:
+    rooms = ROOMS[package]
+    folders = {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
+    assert folders - {"__pycache__"} == {*rooms}
+    for path in (ROOT / package).rglob("*.py"):
+        room = path.relative_to(ROOT / package).parts[0]
+        later = rooms[rooms.index(room) + 1 :] if room in rooms else rooms
+        assert not below(package, path) & set(later), f"{path}: turns back from a later room"
 
 
 @pytest.mark.parametrize(

@@ -129,61 +129,31 @@ def work_served(
     """
     residences = window.duration_s / frames.mean_residence_s
     edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
-    rates = service_rates(_work_by_counter(frames, edges, binding), edges, demand)
+    rates = service_rates(
+        _put_right(frames, edges, work_done(frames, edges, binding)), edges, demand
+    )
     method = f"{UNITS[binding]} under backlog over its mean per request"
     return Stretch(rates, window.duration_s, residences, "req/s", method)
 
 
-def _work_by_counter(
-    frames: RunFrames, edges_s: NDArray[np.float64], binding: str
+def _put_right(
+    frames: RunFrames, edges_s: NDArray[np.float64], work: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Work served until each edge as the engine's counter of tokens has it, shape of ``edges_s``.
+    """``work`` by even progress less that of the tokens which this is ahead of the engine's own counter.
 
-    Engines preempt the youngest: a request stands still after its first tokens, and then takes one with
-    each decoding step until its last. So its tokens at an edge are those it ended with less the steps to
-    come (`decoding_steps`), at least one; what the counter has beyond the sum of these is shared evenly
-    by the requests that stand at one. By even progress, `work_done`, where the counter was not recorded
-    or stood still. The edges lie within the samples.
+    A preempted request stands still: spread over its residence its tokens come too early, but for those
+    that still stand at the end of a run. The tokens weigh as much as a mean one between the first and
+    the last edge. The edges lie within the samples. Unchanged where the counter was not recorded or
+    stood still.
     """
     if "generation_tokens" not in frames.engine:
-        return work_done(frames, edges_s, binding)
+        return work
     counted = np.interp(edges_s, frames.per_sample("t_s"), frames.per_sample("generation_tokens"))
     if counted[-1] <= counted[0]:
-        return work_done(frames, edges_s, binding)
-    first_s, last_s, got, prompt, declared = (
-        frames.per_request(column)[frames.started, None]
-        for column in (
-            *("first_token_s", "last_token_s", "output_tokens"),
-            *("prompt_tokens", "max_tokens"),
-        )
-    )
-    to_come = decoding_steps(frames, last_s) - decoding_steps(frames, edges_s)
-    tokens = np.where(edges_s >= first_s, np.clip(got - np.maximum(to_come, 0.0), 1.0, got), 0.0)
-    still = (tokens == 1.0) & (got > 1.0)
-    missing = np.maximum(counted - tokens.sum(axis=0), 0.0) / np.maximum(still.sum(axis=0), 1)
-    tokens = np.where(still, np.minimum(1.0 + missing, got), tokens)
-    result: NDArray[np.float64] = work_of(binding, prompt, declared, tokens).sum(axis=0)
-    return result
-
-
-def decoding_steps(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Steps in which running requests took a token each, until each instant; shape of ``at_s``.
-
-    Tokens counted that were nobody's first, over those running, from sample to sample; after the last
-    sample at the pace of the last mean residence. Steps that only read prompts do not count.
-    """
-    seen_s, running = frames.per_sample("t_s"), frames.per_sample("running")
-    begun = np.searchsorted(
-        np.sort(frames.per_request("first_token_s")[frames.started]), seen_s, "right"
-    )
-    decoded = np.maximum(np.diff(frames.per_sample("generation_tokens") - begun), 0.0)
-    each = decoded / np.maximum((running[1:] + running[:-1]) / 2.0, 1.0)
-    steps = np.append(0.0, np.cumsum(each))
-    since = int(np.searchsorted(seen_s, seen_s[-1] - frames.mean_residence_s))
-    since = min(since, len(seen_s) - 2)
-    pace = (steps[-1] - steps[since]) / (seen_s[-1] - seen_s[since])
-    beyond = np.maximum(at_s - seen_s[-1], 0.0) * pace
-    return np.asarray(np.interp(at_s, seen_s, steps) + beyond)
+        return work
+    tokens = tokens_received(frames, edges_s).sum(axis=0)
+    per_token = (work[-1] - work[0]) / max(tokens[-1] - tokens[0], 1.0)
+    return np.asarray(work - (tokens - counted) * per_token)
 
 
 def completions(frames: RunFrames, window: Backlog) -> Stretch:

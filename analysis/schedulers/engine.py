@@ -2,7 +2,7 @@
 
 A scheduler is a pure state machine: no clock, no I/O, no randomness. ``submit`` a request, ``start``
 the next step, ``complete`` it when it has run. `analysis.schedulers.simulate` calls the verbs on a
-virtual clock, `harness.mock` on the wall clock. The rules are in `analysis.schedulers.vllm` and
+virtual clock, `harness.mock.mock` on the wall clock. The rules are in `analysis.schedulers.vllm` and
 `analysis.schedulers.sglang`; `analysis.schedulers.scheduler` picks the ones that the limits name.
 """
 

@@ -25,7 +25,7 @@ IDENTITY_TOLERANCE = 0.10
 shows up in full."""
 WASTED = 0.1
 """Of the most that preemptions can waste, what they do: 0.00 to 0.08 in the steps of four simulated
-servers with 0.4 to 3.6 preemptions per request (`harness.error_rates.SETTINGS`)."""
+servers with 0.4 to 3.6 preemptions per request (`harness.rehearsals.error_rates.SETTINGS`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from analysis.theory.congestion import (
     worst_loss,
 )
 from analysis.theory.spectrum import largest_root
-from harness.congestion_truth import closed_forms, spectra
+from harness.rehearsals.congestion_truth import closed_forms, spectra
 
 LENGTHS = [(100, 100), (20, 200), (400, 40), (64, 64), (7, 1)]
 

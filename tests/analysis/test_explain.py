@@ -24,7 +24,7 @@ from analysis.theory.waterfall import waterfall
 from analysis.verdicts.evidence import Evidence
 from analysis.verdicts.explain import Explanation, explain, share_of
 from analysis.verdicts.judge import judge
-from harness.rehearsal import SimulatedServer, offered
+from harness.rehearsals.rehearsal import SimulatedServer, offered
 from loadgen.arrivals import run_arrivals
 from loadgen.records import Run
 from loadgen.workload import Workload, fixed, uniform

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from analysis.verdicts.verdict import EXIT_CODES, Verdict
-from harness.config import load_config
-from harness.rehearsal import rehearse
-from harness.workload_config import FixedConfig, WorkloadConfig
+from harness.configs.config import load_config
+from harness.configs.workload_config import FixedConfig, WorkloadConfig
+from harness.rehearsals.rehearsal import rehearse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

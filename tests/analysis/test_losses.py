@@ -11,7 +11,7 @@ from analysis.slot_models.slots import Load, evenly, run_slots
 from analysis.theory.congestion import worst_loss
 from analysis.verdicts.evidence import work_demand
 from analysis.verdicts.losses import simulated_losses, slot_losses
-from harness.error_rates import LAW, SETTINGS
+from harness.rehearsals.error_rates import LAW, SETTINGS
 from loadgen.arrivals import poisson
 from loadgen.records import Run
 

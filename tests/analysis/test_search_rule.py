@@ -12,8 +12,8 @@ from analysis.inference.sequential import EMPTY, Look
 from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.step_time import StepTime
 from analysis.verdicts.search_result import search_lines, search_result
-from harness.rehearsal import SimulatedServer
-from harness.search_rehearsal import Rehearsal, design_for, rehearse_search
+from harness.rehearsals.rehearsal import SimulatedServer
+from harness.rehearsals.search_rehearsal import Rehearsal, design_for, rehearse_search
 from loadgen.workload import uniform
 
 DESIGN = Design(

@@ -18,8 +18,8 @@ from analysis.reports.summary import WIDTH, summary_lines
 from analysis.verdicts.evidence import Evidence, MeasuredRun
 from analysis.verdicts.judge import judge
 from analysis.verdicts.settling import Queue, Settling, near_critical, settling, stays_below
-from harness import rehearsal
-from harness.config import load_config
+from harness.configs.config import load_config
+from harness.rehearsals import rehearsal
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MU = 60.0

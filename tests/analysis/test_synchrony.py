@@ -19,9 +19,16 @@ from analysis.theory.critical_rate import predict
 from analysis.verdicts.evidence import MeasuredRun
 from analysis.verdicts.judge import judge
 from analysis.verdicts.verdict import Verdict
-from harness.error_rates import LAW, SETTINGS, evidence_of
-from harness.rehearsal import offered
-from harness.synchrony_runs import ALIKE, WIDE, one_word, root_of, setting_named, spread_name
+from harness.rehearsals.error_rates import LAW, SETTINGS, evidence_of
+from harness.rehearsals.rehearsal import offered
+from harness.rehearsals.synchrony_runs import (
+    ALIKE,
+    WIDE,
+    one_word,
+    root_of,
+    setting_named,
+    spread_name,
+)
 from loadgen.records import Run
 
 CONTEXT = ReportContext(

@@ -14,10 +14,10 @@ from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.simulate import Simulation, simulate
 from analysis.schedulers.step_time import exact_step_time
 from analysis.verdicts.judge import judge
-from harness.analyse import load_evidence
-from harness.config import ExperimentConfig, load_config
-from harness.predict import predictions
-from harness.store import INPUTS, Store
+from harness.configs.config import ExperimentConfig, load_config
+from harness.experiments.analyse import load_evidence
+from harness.experiments.predict import predictions
+from harness.records.store import INPUTS, Store
 from loadgen.arrivals import run_arrivals
 from loadgen.records import Run
 

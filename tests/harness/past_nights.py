@@ -7,9 +7,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from harness.history import Entry
-from harness.history_entry import entry_of
-from harness.store import Store
+from harness.evidence.history import Entry
+from harness.evidence.history_entry import entry_of
+from harness.records.store import Store
 
 KEPT = Path(__file__).resolve().parents[2] / "results" / "reference" / "vllm_fixed_64_64"
 FILES = ("schema.json", "config.yaml", "environment.json", "limits.json", "calibration.json")

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from harness.mock import MockConfig
-from harness.mock_http import serve
+from harness.mock.mock import MockConfig
+from harness.mock.mock_http import serve
 
 Talk = Callable[[aiohttp.ClientSession], Awaitable[Any]]
 Pages = Mapping[str, str | dict[str, object]]

@@ -18,11 +18,11 @@ from analysis.theory.prediction import Prediction
 from analysis.verdicts.evidence import variance_ratio
 from analysis.verdicts.run_verdict import judge_run
 from analysis.verdicts.settling import near_critical
-from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.error_rates import SETTINGS, evidence_of
-from harness.plan import GROWTH_POWER, HorizonTooShort, Plan, make_plan
-from harness.rehearsal import offered
-from harness.store import Store
+from harness.configs.config import ConfigError, ExperimentConfig, load_config
+from harness.experiments.plan import GROWTH_POWER, HorizonTooShort, Plan, make_plan
+from harness.records.store import Store
+from harness.rehearsals.error_rates import SETTINGS, evidence_of
+from harness.rehearsals.rehearsal import offered
 from loadgen.processes import (
     POISSON,
     Gamma,

@@ -64,5 +64,5 @@ def test_shells_complete_commands(shell: str, asked: dict[str, str]) -> None:
 
 def test_every_module_of_a_command_has_it() -> None:
     for name, command in COMMANDS.items():
-        module = import_module(f"harness.{command.module}")
+        module = import_module(f"harness.commands.{command.module}")
         assert callable(getattr(module, f"{name.replace('-', '_')}_command"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config import ConfigError, load_config, load_mock_config
+from harness.configs.config import ConfigError, load_config, load_mock_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {

@@ -15,18 +15,18 @@ import pytest
 import trustme
 from aiohttp import web
 
-from harness.config import ConfigError, ExperimentConfig, ServerConfig, load_config
-from harness.connection import connect
-from harness.engines import MOCK
-from harness.experiment import write_inputs
-from harness.mock import PacedEngine
-from harness.mock_config import MockServerConfig
-from harness.mock_http import application
-from harness.sampler import ServerGone, sample_engine
-from harness.server import ServerFailed, attached
-from harness.server_limits import LimitsUnreadable, get_text
-from harness.store import Store
-from harness.target import target_server
+from harness.configs.config import ConfigError, ExperimentConfig, ServerConfig, load_config
+from harness.configs.mock_config import MockServerConfig
+from harness.experiments.experiment import write_inputs
+from harness.live.connection import connect
+from harness.live.sampler import ServerGone, sample_engine
+from harness.live.target import target_server
+from harness.mock.mock import PacedEngine
+from harness.mock.mock_http import application
+from harness.records.store import Store
+from harness.servers.engines import MOCK
+from harness.servers.server import ServerFailed, attached
+from harness.servers.server_limits import LimitsUnreadable, get_text
 from loadgen.client import complete
 from loadgen.prompts import completion_body
 from loadgen.records import RequestRecord

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.store import Store
+from harness.records.store import Store
 from tests.harness.program import CONFIG, config_file, critrate, exit_status, mock_pids
 
 pytestmark = pytest.mark.live

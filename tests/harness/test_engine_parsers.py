@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from harness.config import ConfigError, load_config
-from harness.engine_environments import ENVIRONMENTS
-from harness.hardware import measured_rates
-from harness.launch import LaunchConfig, Place, argv
+from harness.configs.config import ConfigError, load_config
+from harness.configs.hardware import measured_rates
+from harness.configs.launch import LaunchConfig, Place, argv
+from harness.servers.engine_environments import ENVIRONMENTS
 
 pytestmark = pytest.mark.waits
 

@@ -9,10 +9,10 @@ import aiohttp
 import pytest
 
 from analysis.schedulers.engine import EngineSample
-from harness.engine_metrics import engine_sample, parse_metrics
-from harness.engines import ENGINES, MOCK, MOCK_SGLANG, SGLANG, VLLM, MissingMetric
-from harness.limits_vllm import read_vllm_limits
-from harness.server_limits import LimitsUnreadable, ServerLimits
+from harness.servers.engine_metrics import engine_sample, parse_metrics
+from harness.servers.engines import ENGINES, MOCK, MOCK_SGLANG, SGLANG, VLLM, MissingMetric
+from harness.servers.limits_vllm import read_vllm_limits
+from harness.servers.server_limits import LimitsUnreadable, ServerLimits
 from tests.harness.served import Pages, with_pages
 
 # As vLLM 0.32.0 writes it, most families left out.

@@ -12,12 +12,12 @@ import aiohttp
 import pytest
 
 from analysis.schedulers.engine import EngineSample, SGLangRules
-from harness.config import ConfigError, ExperimentConfig
-from harness.engine_metrics import engine_sample
-from harness.engines import SGLANG, MissingMetric
-from harness.limits import read_limits
-from harness.server_limits import LimitsUnreadable, ServerLimits
-from harness.target import assumptions, engine_limits, require_fitting
+from harness.configs.config import ConfigError, ExperimentConfig
+from harness.live.target import assumptions, engine_limits, require_fitting
+from harness.servers.engine_metrics import engine_sample
+from harness.servers.engines import SGLANG, MissingMetric
+from harness.servers.limits import read_limits
+from harness.servers.server_limits import LimitsUnreadable, ServerLimits
 from loadgen.workload import fixed
 from tests.harness.served import with_pages
 

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 
-from harness.environment import environment, redacted
+from harness.machine.environment import environment, redacted
 
 
 def test_environment_is_json_and_tells_what_ran() -> None:

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from harness.error_rates import (
+from harness.rehearsals.error_rates import (
     SETTINGS,
     Job,
     Known,

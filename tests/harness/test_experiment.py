@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.analyse import load_evidence
-from harness.store import Store
+from harness.experiments.analyse import load_evidence
+from harness.records.store import Store
 from tests.harness.program import config_file, critrate, exit_status, mock_pids
 
 pytestmark = pytest.mark.live

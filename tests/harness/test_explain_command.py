@@ -17,9 +17,9 @@ from analysis.schedulers.simulate import simulate
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
 from harness.cli import app
-from harness.config import load_config
-from harness.predict import predictions
-from harness.store import Store
+from harness.configs.config import load_config
+from harness.experiments.predict import predictions
+from harness.records.store import Store
 from loadgen.arrivals import poisson
 from loadgen.records import Run
 

@@ -7,10 +7,10 @@ import pytest
 
 from analysis.reports.summary import summary_lines
 from analysis.verdicts.branches import Branches
-from harness.config import load_config
-from harness.error_rates import Known, known
-from harness.full_starts import SETTINGS, branches, capacities
-from harness.rehearsal import rehearse
+from harness.configs.config import load_config
+from harness.rehearsals.error_rates import Known, known
+from harness.rehearsals.full_starts import SETTINGS, branches, capacities
+from harness.rehearsals.rehearsal import rehearse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness.gpu import NoGpu, open_gpus
+from harness.machine.gpu import NoGpu, open_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("nvml_stand_in.c")
@@ -23,7 +23,7 @@ Seen = Callable[..., Any]
 OPEN = """
 import json, os
 from dataclasses import asdict
-from harness.gpu import NoGpu, open_gpus
+from harness.machine.gpu import NoGpu, open_gpus
 gpus = open_gpus()
 def told(reading):
     return json.loads(json.dumps(asdict(reading)))
@@ -272,8 +272,8 @@ SAMPLED = (
 import asyncio, time
 import aiohttp
 from aiohttp import web
-from harness import sampler
-from harness.engines import VLLM
+from harness.live import sampler
+from harness.servers.engines import VLLM
 NAMES = (
     "num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_hits_total "
     "num_preemptions_total prompt_tokens_total generation_tokens_total request_success_total "

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from harness.config import ConfigError, ServerConfig
-from harness.gpu import NoGpu
-from harness.gpu_choice import VISIBLE, choose, engine_gpus, gpu_note
-from harness.gpu_reader import Device
-from harness.store import Store
+from harness.configs.config import ConfigError, ServerConfig
+from harness.live.gpu_choice import VISIBLE, choose, engine_gpus, gpu_note
+from harness.machine.gpu import NoGpu
+from harness.machine.gpu_reader import Device
+from harness.records.store import Store
 
 ONE = Device(gpu=0, name="H100", uuid="GPU-0a1b")
 TWO = Device(gpu=1, name="H100", uuid="GPU-0a2c")

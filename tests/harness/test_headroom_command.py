@@ -22,15 +22,15 @@ from analysis.operation.serving_window import serving_window
 from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.simulate import simulate
 from analysis.schedulers.step_time import StepTime
-from harness.change_line import to_raise_it
 from harness.cli import app
-from harness.config import ConfigError, ServerConfig
-from harness.display import Display
-from harness.engines import SGLANG, VLLM
-from harness.headroom_command import recorded, watch
-from harness.mock import MockConfig
-from harness.mock_http import serve
-from harness.store import Store
+from harness.commands.headroom_command import recorded, watch
+from harness.configs.config import ConfigError, ServerConfig
+from harness.experiments.change_line import to_raise_it
+from harness.machine.display import Display
+from harness.mock.mock import MockConfig
+from harness.mock.mock_http import serve
+from harness.records.store import Store
+from harness.servers.engines import SGLANG, VLLM
 from loadgen.workload import uniform
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import load_config
-from harness.history import (
+from harness.configs.config import load_config
+from harness.evidence.history import (
     History,
     environment_change,
     limits_change,
@@ -20,10 +20,10 @@ from harness.history import (
     segments,
     write_parquet,
 )
-from harness.history_entry import config_digest, entry_of
-from harness.history_series import change_text, series
-from harness.store import Store
-from harness.streams import StoreError
+from harness.evidence.history_entry import config_digest, entry_of
+from harness.evidence.history_series import change_text, series
+from harness.records.store import Store
+from harness.records.streams import StoreError
 from tests.harness.past_nights import finished, kept_entry, past
 from tests.harness.program import exit_status
 
@@ -82,7 +82,7 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
 BEGIN = """
 import json, os, resource, sys
 from pathlib import Path
-from harness.history import Entry, History
+from harness.evidence.history import Entry, History
 path, nights = Path(sys.argv[1]), [Entry(**row) for row in json.load(sys.stdin)]
 """
 CUT_OFF = """

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from analysis.numbers.estimate import Estimate
-from harness.hypotheses import TESTS
-from harness.hypotheses_page import page, real_verdicts
-from harness.hypothesis_config import load_hypothesis
-from harness.hypothesis_verdict import ANYWHERE, Part, Verdict, over_seeds
+from harness.hypotheses.hypotheses import TESTS
+from harness.hypotheses.hypotheses_page import page, real_verdicts
+from harness.hypotheses.hypothesis_config import load_hypothesis
+from harness.hypotheses.hypothesis_verdict import ANYWHERE, Part, Verdict, over_seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "theory").glob("h[0-9]*.yaml"))

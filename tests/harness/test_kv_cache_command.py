@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from harness.cli import main
-from harness.config import ConfigError
+from harness.commands.kv_cache_command import size_bytes
+from harness.configs.config import ConfigError
 from harness.exits import USAGE_EXIT
-from harness.kv_cache_command import size_bytes
-from harness.kv_models import (
+from harness.servers.kv_models import (
     KnownModel,
     KnownPool,
     known_models,
@@ -25,7 +25,7 @@ from harness.kv_models import (
 )
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs/kv_cache.md"
-DATA: dict[str, Any] = json.loads((files("harness") / "data/kv_models.json").read_text())
+DATA: dict[str, Any] = json.loads((files("harness.servers") / "data/kv_models.json").read_text())
 GIB = 2**30
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from harness.analyse import _pace
-from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.engine_environments import ENVIRONMENTS
-from harness.launch import PACE_LOG, LaunchConfig, Place, argv, place
-from harness.server import ServerFailed
-from harness.server_limits import ServerLimits
-from harness.store import Store, StoredRun
-from harness.target import require_as_asked
+from harness.configs.config import ConfigError, ExperimentConfig, load_config
+from harness.configs.launch import PACE_LOG, LaunchConfig, Place, argv, place
+from harness.experiments.analyse import _pace
+from harness.live.target import require_as_asked
+from harness.records.store import Store, StoredRun
+from harness.servers.engine_environments import ENVIRONMENTS
+from harness.servers.server import ServerFailed
+from harness.servers.server_limits import ServerLimits
 from loadgen.records import Run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -110,7 +110,7 @@ def test_the_law_of_a_paced_engine_is_in_its_environment_alone(engine: dict[str,
     assert "0.02" not in line
     assert ("--no-async-scheduling" in line) or ("--disable-overlap-schedule" in line)
     # The prediction's modules do not know that such a section exists.
-    for module in ("predict", "calibrate", "plan"):
+    for module in ("experiments/predict", "live/calibrate", "experiments/plan"):
         assert "launch" not in (CONFIGS.parent / "harness" / f"{module}.py").read_text()
 
 

@@ -14,7 +14,7 @@ from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.simulate import Simulation, simulate
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
-from harness.measured_runs import (
+from harness.evidence.measured_runs import (
     MeasuredServer,
     backlog_after_one_residence,
     binding,

@@ -16,7 +16,7 @@ import pytest
 
 from analysis.schedulers.engine import EngineLimits, check_conservation
 from analysis.schedulers.step_time import StepTime
-from harness.mock import MockConfig, PacedEngine
+from harness.mock.mock import MockConfig, PacedEngine
 from tests.harness import served
 from tests.harness.served import Talk, events
 
@@ -407,8 +407,8 @@ def test_run_mock_announces_itself_and_stops_on_sigterm(tmp_path: Path) -> None:
         "from pathlib import Path; import sys\n"
         "from analysis.schedulers.engine import EngineLimits\n"
         "from analysis.schedulers.step_time import StepTime\n"
-        "from harness.mock import MockConfig\n"
-        "from harness.mock_http import run_mock\n"
+        "from harness.mock.mock import MockConfig\n"
+        "from harness.mock.mock_http import run_mock\n"
         "limits = EngineLimits(num_blocks=64, block_size=16)\n"
         "law = StepTime(b0_s=0.002)\n"
         "run_mock(MockConfig(limits=limits, step_time=law, step_log=Path(sys.argv[1])))\n"

@@ -16,8 +16,8 @@ from analysis.schedulers.engine import EngineLimits, Request, SGLangRules, Step
 from analysis.schedulers.scheduler import engine_of
 from analysis.schedulers.simulate import SECOND_NS, Simulation, simulate
 from analysis.schedulers.step_time import StepTime
-from harness.mock import MockConfig
-from harness.mock_http import serve
+from harness.mock.mock import MockConfig
+from harness.mock.mock_http import serve
 
 LAW = StepTime(b0_s=0.005, b1_s_per_token=1e-5, b2_s_per_kv_token=1e-6, b3_s_per_request=2e-5)
 """Whole nanoseconds for whole tokens, so that float and integer clocks agree."""

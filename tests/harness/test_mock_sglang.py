@@ -15,12 +15,12 @@ import pytest
 from analysis.schedulers.engine import EngineLimits, Request, SGLangRules, Step
 from analysis.schedulers.sglang import SGLangEngine, longest_request
 from analysis.schedulers.step_time import StepTime
-from harness.engine_metrics import engine_sample
-from harness.engines import MOCK_SGLANG
-from harness.mock import MockConfig, SGLangSettings
-from harness.mock_books import Ended
-from harness.mock_sglang_books import Gauges, SGLangBooks
-from harness.mock_sglang_metrics import SGLangMetrics
+from harness.mock.mock import MockConfig, SGLangSettings
+from harness.mock.mock_books import Ended
+from harness.mock.mock_sglang_books import Gauges, SGLangBooks
+from harness.mock.mock_sglang_metrics import SGLangMetrics
+from harness.servers.engine_metrics import engine_sample
+from harness.servers.engines import MOCK_SGLANG
 from loadgen.client import complete, open_session
 from loadgen.prompts import completion_body
 from loadgen.records import RequestRecord

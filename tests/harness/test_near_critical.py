@@ -11,10 +11,10 @@ import pytest
 from analysis.schedulers.frames import run_frames
 from analysis.schedulers.step_time import StepTime
 from analysis.verdicts.evidence import MeasuredRun
-from harness import near_critical
-from harness.error_rates import SETTINGS, Known, known
-from harness.near_critical import highest_exponent, near_runs
-from harness.rehearsal import SimulatedServer, offered
+from harness.rehearsals import near_critical
+from harness.rehearsals.error_rates import SETTINGS, Known, known
+from harness.rehearsals.near_critical import highest_exponent, near_runs
+from harness.rehearsals.rehearsal import SimulatedServer, offered
 from loadgen.records import Run
 from loadgen.workload import Workload
 

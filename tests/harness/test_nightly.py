@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from harness import one_run
-from harness.history import History
-from harness.nightly import post, run_night
+from harness.evidence.history import History
+from harness.evidence.nightly import post, run_night
+from harness.experiments import one_run
 from tests.harness.past_nights import finished, kept_entry, past
 from tests.scripts.program import script
 

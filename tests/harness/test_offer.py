@@ -12,17 +12,17 @@ import pytest
 from rich.console import Console
 
 from analysis.schedulers.engine import EngineLimits, EngineSample
-from harness import offer as offers
-from harness.config import ExperimentConfig
-from harness.display import Countdown, Display
-from harness.engines import VLLM
-from harness.gpu import NoGpu
-from harness.gpu_reader import GpuEvent
-from harness.offer import SPARE_IN_FLIGHT, Stage, most_in_flight, offer, workers_of
-from harness.sampler import SamplerStats, ServerGone
-from harness.server_limits import ServerLimits
-from harness.store import Store
-from harness.target import Target
+from harness.configs.config import ExperimentConfig
+from harness.live import offer as offers
+from harness.live.offer import SPARE_IN_FLIGHT, Stage, most_in_flight, offer, workers_of
+from harness.live.sampler import SamplerStats, ServerGone
+from harness.live.target import Target
+from harness.machine.display import Countdown, Display
+from harness.machine.gpu import NoGpu
+from harness.machine.gpu_reader import GpuEvent
+from harness.records.store import Store
+from harness.servers.engines import VLLM
+from harness.servers.server_limits import ServerLimits
 from loadgen.records import Run
 
 

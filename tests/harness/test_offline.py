@@ -14,15 +14,20 @@ import yaml
 
 from analysis.numbers.estimate import Estimate
 from analysis.theory.roofline import DATA_SHEETS, MEASURED_SHARE
-from harness import predict
 from harness.cli import main
-from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.first_hour import p0_text
-from harness.hardware import measured_rates
-from harness.offline import stated
-from harness.predict import claimed, offline_predictions, stated_limits, stated_step_time
-from harness.store import Store
-from harness.target import target_server
+from harness.configs.config import ConfigError, ExperimentConfig, load_config
+from harness.configs.hardware import measured_rates
+from harness.configs.offline import stated
+from harness.experiments import predict
+from harness.experiments.first_hour import p0_text
+from harness.experiments.predict import (
+    claimed,
+    offline_predictions,
+    stated_limits,
+    stated_step_time,
+)
+from harness.live.target import target_server
+from harness.records.store import Store
 from loadgen import workload as wl
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -13,8 +13,8 @@ import pytest
 
 from analysis.schedulers.engine import EngineLimits, SGLangRules
 from analysis.schedulers.step_time import StepTime
-from harness.mock import MockConfig
-from harness.mock_http import serve
+from harness.mock.mock import MockConfig
+from harness.mock.mock_http import serve
 
 MAX_MODEL_LEN = 512
 LIMITS = {

@@ -6,7 +6,8 @@ from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
 from analysis.verdicts.evidence import variance_ratio
-from harness.plan import (
+from harness.configs.sections import ConfigError
+from harness.experiments.plan import (
     Plan,
     StartOption,
     least_excess,
@@ -14,7 +15,6 @@ from harness.plan import (
     preload_size,
     require_distinct_prompts,
 )
-from harness.sections import ConfigError
 from loadgen.workload import uniform
 
 WORKLOAD = uniform((16, 112), (16, 112))

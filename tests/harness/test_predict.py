@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from analysis.numbers.estimate import Estimate
-from harness import predict
-from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.predict import offline_predictions
+from harness.configs.config import ConfigError, ExperimentConfig, load_config
+from harness.experiments import predict
+from harness.experiments.predict import offline_predictions
 from tests.harness.program import exit_status
 
 PAPER = Path(__file__).resolve().parents[2] / "configs" / "paper"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.ray_load import (
+from harness.live.ray_load import (
     NodeClock,
     Offset,
     best,
@@ -23,7 +23,7 @@ from harness.ray_load import (
     on_driver_clock,
     slices,
 )
-from harness.selftest import sinks
+from harness.machine.selftest import sinks
 from loadgen.request_record import RequestRecord
 
 SECOND_NS = 10**9
@@ -155,8 +155,8 @@ class StandInRay:
 
 def offered(monkeypatch: pytest.MonkeyPatch, lose: int | None) -> tuple[list[RequestRecord], Any]:
     monkeypatch.setitem(sys.modules, "ray", StandInRay(lose))  # type: ignore[arg-type]
-    monkeypatch.setattr("harness.ray_load.EXCHANGES", 5)
-    monkeypatch.setattr("harness.ray_load.START_DELAY_S", 0.05)
+    monkeypatch.setattr("harness.live.ray_load.EXCHANGES", 5)
+    monkeypatch.setattr("harness.live.ray_load.START_DELAY_S", 0.05)
     body = json.dumps({"max_tokens": 2, "prompt": [1], "stream": True}).encode()
     records: list[RequestRecord] = []
 

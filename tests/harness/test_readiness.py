@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import model_access
-from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.engine_environments import ENVIRONMENTS
-from harness.first_hour import bounded, first_verdict
-from harness.gpu import NoGpu, pynvml
-from harness.gpu_reader import Device, GpuReader, OpenedDevice
-from harness.launch import TINY_MODELS
-from harness.model_access import Access
-from harness.readiness import disk_check, first_run, gpu_checks, node_checks
+from harness.configs.config import ConfigError, ExperimentConfig, load_config
+from harness.configs.launch import TINY_MODELS
+from harness.experiments.first_hour import bounded, first_verdict
+from harness.live.readiness import disk_check, first_run, gpu_checks, node_checks
+from harness.machine.gpu import NoGpu, pynvml
+from harness.machine.gpu_reader import Device, GpuReader, OpenedDevice
+from harness.servers import model_access
+from harness.servers.engine_environments import ENVIRONMENTS
+from harness.servers.model_access import Access
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

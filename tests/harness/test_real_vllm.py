@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.engine_environments import ENVIRONMENTS
+from harness.servers.engine_environments import ENVIRONMENTS
 
 pytestmark = pytest.mark.live
 INVALID = 13

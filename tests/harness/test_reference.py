@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import reference
-from harness.analyse import load_evidence
-from harness.reference import export
-from harness.store import Store, StoreError
+from harness.evidence import reference
+from harness.evidence.reference import export
+from harness.experiments.analyse import load_evidence
+from harness.records.store import Store, StoreError
 from tests.harness.judged import judged_folder
 
 

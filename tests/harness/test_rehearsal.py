@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import load_config
-from harness.rehearsal import rehearse
+from harness.configs.config import load_config
+from harness.rehearsals.rehearsal import rehearse
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -23,22 +23,22 @@ from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.simulate import simulate
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.verdicts.verdict import Verdict
-from harness.analyse import load_evidence
-from harness.calibrate import Calibration
 from harness.cli import app
-from harness.config import ConfigError, ExperimentConfig, load_config
-from harness.error_rates import SETTINGS
-from harness.evidence_rows import Row, read_row
-from harness.prober import CalibrationFailed
-from harness.reference import export
-from harness.rehearsal import SimulatedServer
-from harness.replica_page import replica_sections
-from harness.replica_rehearsal import rehearse_replicas
-from harness.replicas import at_once, predictions_of_all
-from harness.server_limits import ServerLimits
-from harness.store import INPUTS, Store, StoreError
-from harness.streams import of_replica
-from harness.target import own_gpus, require_alike, target_server
+from harness.configs.config import ConfigError, ExperimentConfig, load_config
+from harness.evidence.evidence_rows import Row, read_row
+from harness.evidence.reference import export
+from harness.evidence.replica_page import replica_sections
+from harness.experiments.analyse import load_evidence
+from harness.experiments.replicas import at_once, predictions_of_all
+from harness.live.calibrate import Calibration
+from harness.live.prober import CalibrationFailed
+from harness.live.target import own_gpus, require_alike, target_server
+from harness.records.store import INPUTS, Store, StoreError
+from harness.records.streams import of_replica
+from harness.rehearsals.error_rates import SETTINGS
+from harness.rehearsals.rehearsal import SimulatedServer
+from harness.rehearsals.replica_rehearsal import rehearse_replicas
+from harness.servers.server_limits import ServerLimits
 from loadgen.arrivals import run_arrivals
 from loadgen.records import Run
 from tests.harness.judged import _paced, judged_folder

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from analysis.numbers.estimate import Estimate
-from harness.evidence_rows import SIMULATED, Row, read_row, simulate_set_law
-from harness.results_page import line, page
-from harness.store import Store
+from harness.evidence.evidence_rows import SIMULATED, Row, read_row, simulate_set_law
+from harness.evidence.results_page import line, page
+from harness.records.store import Store
 from tests.harness.judged import judged_folder, simulated
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,13 +12,13 @@ from aiohttp import web
 
 from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.step_time import StepTime
-from harness.engines import MOCK, VLLM, MissingMetric
-from harness.gpu_reader import GpuEvent, GpuReader, GpuSample, Reading
-from harness.limits import read_limits
-from harness.mock import MockConfig
-from harness.mock_http import serve
-from harness.sampler import SamplerStats, ServerGone, sample_engine
-from harness.server_limits import ServerLimits
+from harness.live.sampler import SamplerStats, ServerGone, sample_engine
+from harness.machine.gpu_reader import GpuEvent, GpuReader, GpuSample, Reading
+from harness.mock.mock import MockConfig
+from harness.mock.mock_http import serve
+from harness.servers.engines import MOCK, VLLM, MissingMetric
+from harness.servers.limits import read_limits
+from harness.servers.server_limits import ServerLimits
 
 pytestmark = pytest.mark.live
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from harness import search
-from harness.config import load_config
-from harness.display import Display
-from harness.search_command import search_server
-from harness.store import Store
+from harness.commands.search_command import search_server
+from harness.configs.config import load_config
+from harness.experiments import search
+from harness.machine.display import Display
+from harness.records.store import Store
 
 CONFIG = {
     "name": "small",

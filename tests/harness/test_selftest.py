@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.experiment import reach
-from harness.machine_limits import (
+from harness.experiments.experiment import reach
+from harness.machine.machine_limits import (
     BeyondThisMachine,
     MachineLimits,
     Needs,
@@ -23,7 +23,7 @@ from harness.machine_limits import (
     save,
     saved,
 )
-from harness.selftest import (
+from harness.machine.selftest import (
     COLD,
     INTERVAL_MS,
     LOWERED,
@@ -150,7 +150,7 @@ def test_the_rate_is_raised_or_lowered_until_the_limit_lies_between(
         lag_ms = 0.1 if rate <= limit else 9.0
         return Step(rate, lag_ms, lag_ms, 0.0, 10, 10, 64 * rate, 1, 0.0)
 
-    monkeypatch.setattr("harness.selftest.tried", tried)
+    monkeypatch.setattr("harness.machine.selftest.tried", tried)
     best, last = asyncio.run(raised([], 1.0, 1e6, lambda line: None))
     assert best.rate <= limit < last.rate == pytest.approx(best.rate * factor)
 
@@ -159,7 +159,7 @@ def test_a_machine_too_busy_for_any_rate_is_said(monkeypatch: pytest.MonkeyPatch
     async def tried(urls: object, rate: float, seconds: float) -> Step:
         return Step(rate, 9.0, 9.0, 0.0, 10, 10, 64 * rate, 1, 0.0)
 
-    monkeypatch.setattr("harness.selftest.tried", tried)
+    monkeypatch.setattr("harness.machine.selftest.tried", tried)
     with pytest.raises(BeyondThisMachine, match=r"at 13 requests/s .* 9\.0 ms"):
         asyncio.run(raised([], 1.0, 1e6, lambda line: None))
 

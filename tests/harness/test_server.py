@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.server import (
+from harness.servers.server import (
     Server,
     ServerFailed,
     attached,

@@ -15,7 +15,7 @@ import pytest
 
 from analysis.schedulers.engine import EngineLimits, SGLangRules
 from analysis.schedulers.step_time import StepTime
-from harness.mock import MockConfig, SGLangSettings
+from harness.mock.mock import MockConfig, SGLangSettings
 from loadgen.exchange import TokenStream
 from tests.harness import served
 

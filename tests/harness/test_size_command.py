@@ -12,10 +12,10 @@ import yaml
 
 from analysis.numbers.estimate import Estimate
 from analysis.operation.sizing import CannotSize, Share, fleet
-from harness.sections import ConfigError
-from harness.size_command import advice, answer, cost, text_lines
-from harness.size_source import Replica, changed, replica_of, scaled_fit
-from harness.sizing import Demand, checked_fleet, even_lengths, trace_demand
+from harness.commands.size_command import advice, answer, cost, text_lines
+from harness.configs.sections import ConfigError
+from harness.rehearsals.size_source import Replica, changed, replica_of, scaled_fit
+from harness.rehearsals.sizing import Demand, checked_fleet, even_lengths, trace_demand
 from loadgen.length_laws import lognormal
 from tests.harness.program import exit_status
 
@@ -38,8 +38,8 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short_days(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.sizing.REQUESTS", 1200)
-    monkeypatch.setattr("harness.sizing.LEAST_REQUESTS", 1200)
+    monkeypatch.setattr("harness.rehearsals.sizing.REQUESTS", 1200)
+    monkeypatch.setattr("harness.rehearsals.sizing.LEAST_REQUESTS", 1200)
 
 
 def test_a_measured_folder(short_days: None) -> None:
@@ -179,8 +179,8 @@ def test_even_lengths_are_the_law() -> None:
 
 
 def test_a_checked_fleet_says_all_four_cases(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.sizing.CHECK_EACH", 60)
-    monkeypatch.setattr("harness.sizing.CHECK_MEMORIES", 0)
+    monkeypatch.setattr("harness.rehearsals.sizing.CHECK_EACH", 60)
+    monkeypatch.setattr("harness.rehearsals.sizing.CHECK_MEMORIES", 0)
     replica: Replica = replica_of(config)
     rate = replica.critical_rate().value
     found: list[dict[str, Any]] = checked_fleet(replica, 2, 0.3 * rate, 0.95, 1)
@@ -188,7 +188,7 @@ def test_a_checked_fleet_says_all_four_cases(config: Path, monkeypatch: pytest.M
         "least-loaded"
     ] * 2
     assert all(0 < one["wait"]["value"] < 10 for one in found)
-    monkeypatch.setattr("harness.sizing.CHECK_REQUEST_STEPS", 10)
+    monkeypatch.setattr("harness.rehearsals.sizing.CHECK_REQUEST_STEPS", 10)
     with pytest.raises(ConfigError, match="leave it out"):
         checked_fleet(replica, 2, 0.3 * rate, 0.95, 1)
 

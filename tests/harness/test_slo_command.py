@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import harness.slo_command
+import harness.commands.slo_command
 from harness.cli import app
-from harness.slo_command import drawn
+from harness.commands.slo_command import drawn
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 
@@ -18,7 +18,9 @@ REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 @pytest.fixture(autouse=True)
 def short_days(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        harness.slo_command, "drawn", lambda law, seed: drawn(law, seed, count=2, requests=700)
+        harness.commands.slo_command,
+        "drawn",
+        lambda law, seed: drawn(law, seed, count=2, requests=700),
     )
 
 

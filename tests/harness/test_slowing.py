@@ -5,8 +5,8 @@ import pytest
 
 from analysis.reports.summary import summary_lines
 from analysis.verdicts.verdict import Verdict
-from harness.error_rates import Known, experiment, known
-from harness.slowing import SERVERS, Drift, Shape, drifting
+from harness.rehearsals.error_rates import Known, experiment, known
+from harness.rehearsals.slowing import SERVERS, Drift, Shape, drifting
 from loadgen.records import Run
 
 THETA = 0.10

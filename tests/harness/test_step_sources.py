@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from analysis.calibration.probe_readings import Iteration
-from harness.engines import SGLANG, VLLM
-from harness.step_sources import iterations_of, read_sources, told_between
+from harness.servers.engines import SGLANG, VLLM
+from harness.servers.step_sources import iterations_of, read_sources, told_between
 from tests.harness.served import with_pages
 
 LINE = (

@@ -15,15 +15,15 @@ import pytest
 
 from analysis.schedulers.engine import EngineSample
 from analysis.schedulers.frames import run_frames
-from harness.gpu_reader import GpuSample
-from harness.store import (
+from harness.machine.gpu_reader import GpuSample
+from harness.records.store import (
     DamagedRecord,
     JsonLines,
     Store,
     StoreError,
     missing,
 )
-from harness.streams import read_lines
+from harness.records.streams import read_lines
 from loadgen.records import RequestRecord, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_killed_writer_loses_at_most_the_flush_interval(tmp_path: Path) -> None:
     writer = child(
         """
 import pathlib, sys, time
-from harness.streams import JsonLines
+from harness.records.streams import JsonLines
 stream = JsonLines(pathlib.Path(sys.argv[1]), flush_s=0.2)
 while True:
     stream.write({"t_ns": time.monotonic_ns()})
@@ -141,7 +141,7 @@ def test_the_last_records_before_a_pause_survive_a_kill(tmp_path: Path) -> None:
     writer = child(
         """
 import pathlib, sys, time
-from harness.streams import JsonLines
+from harness.records.streams import JsonLines
 stream = JsonLines(pathlib.Path(sys.argv[1]), flush_s=0.1)
 stream.write({"a": 1})
 print("written", flush=True)
@@ -162,7 +162,7 @@ def test_a_full_disk_says_what_is_kept(tmp_path: Path) -> None:
     writer = child(
         """
 import json, pathlib, resource, sys
-from harness.streams import JsonLines, StorageFull
+from harness.records.streams import JsonLines, StorageFull
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 stream = JsonLines(pathlib.Path(sys.argv[1]), flush_s=60)
 for i in range(100):
@@ -265,7 +265,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     writer = child(
         """
 import pathlib, resource, sys
-from harness.store import Store, StorageFull
+from harness.records.store import Store, StorageFull
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     Store.open(pathlib.Path(sys.argv[1])).write_json("limits.json", list(range(5000)))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import sweep as module
-from harness.sweep import ONE_THREAD, SweepError, cluster_option, sweep
+from harness.machine import sweep as module
+from harness.machine.sweep import ONE_THREAD, SweepError, cluster_option, sweep
 
 pytestmark = pytest.mark.waits
 
@@ -126,7 +126,7 @@ def test_leaving_early_ends_the_workers() -> None:
 
 SCRIPT = """
 import os, pathlib, signal, sys, time
-from harness.sweep import sweep
+from harness.machine.sweep import sweep
 
 def stay(folder):
     deaf = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.sections import ConfigError
-from harness.theory import batch_condition, law_of, run_case, slot_condition, slot_rate, slot_run
-from harness.theory_config import BatchCase, SlotCase, load_theory
+from harness.configs.sections import ConfigError
+from harness.hypotheses.theory import (
+    batch_condition,
+    law_of,
+    run_case,
+    slot_condition,
+    slot_rate,
+    slot_run,
+)
+from harness.hypotheses.theory_config import BatchCase, SlotCase, load_theory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "theory"
 TABLES = sorted(p for p in CONFIGS.glob("*.yaml") if p.stem[:2] in ("pb", "pc", "da"))

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from harness.config import ConfigError, WorkloadConfig
-from harness.predict import offline_predictions
+from harness.configs.config import ConfigError, WorkloadConfig
+from harness.experiments.predict import offline_predictions
 from loadgen.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def test_declarations_come_before_the_limit() -> None:
 
 
 def test_a_prediction_says_what_was_cut(tmp_path: Path) -> None:
-    from harness.config import load_config
+    from harness.configs.config import load_config
 
     path = tmp_path / "config.yaml"
     path.write_text(

@@ -14,7 +14,7 @@ def test_all_serve_as_many_times_what_the_slowest_does(
 ) -> None:
     bench = script("bench/replicas")
     monkeypatch.setattr(bench, "sweep", lambda function, jobs, cluster: map(function, jobs))
-    monkeypatch.setattr("harness.error_rates.TRUTH_SEEDS", 2)
+    monkeypatch.setattr("harness.rehearsals.error_rates.TRUTH_SEEDS", 2)
     unlike = "two, one 15 % slower"
     small = ["--experiments", "2", "--truth", "1500", "--servers", unlike]
     monkeypatch.setattr(sys, "argv", ["replicas", *small, "--markdown"])

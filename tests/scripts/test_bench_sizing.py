@@ -15,7 +15,7 @@ def test_a_demand_is_sized_within_a_replica(
     pytest.importorskip("numba", reason="the runs take a minute without the compiled engine")
     bench = script("bench/sizing")
     monkeypatch.setattr(bench, "sweep", lambda function, jobs, cluster: map(function, jobs))
-    monkeypatch.setattr("harness.sizing.REQUESTS", 6000)
+    monkeypatch.setattr("harness.rehearsals.sizing.REQUESTS", 6000)
     monkeypatch.setattr(bench, "SPARE", 1)
     small = ("--n", "1", "--first-seed", "24", "--requests", "20000", "--markdown")
     monkeypatch.setattr(sys, "argv", ["sizing", *small])

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from harness.congestion_truth import Grown, closed_forms
+from harness.rehearsals.congestion_truth import Grown, closed_forms
 from tests.scripts.program import script
 
 

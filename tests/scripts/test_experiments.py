@@ -11,10 +11,10 @@ import pytest
 
 from analysis.schedulers.engine import EngineLimits, SGLangRules
 from analysis.schedulers.step_time import StepTime, exact_step_time
-from harness.config import load_config
-from harness.plan import make_plan
-from harness.predict import claimed
-from harness.target import require_fitting
+from harness.configs.config import load_config
+from harness.experiments.plan import make_plan
+from harness.experiments.predict import claimed
+from harness.live.target import require_fitting
 from tests.scripts import program
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness import sweep
+from harness.machine import sweep
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "throttling"
 

@@ -49,7 +49,7 @@ async def offer(asked: argparse.Namespace) -> None:
                 raise SystemExit("; ".join(lost))
         elif asked.ray:
             # Not at the top: the others' time to the first request is measured.
-            from harness.ray_load import offer_on_cluster
+            from harness.live.ray_load import offer_on_cluster
 
             load = await offer_on_cluster(
                 f"local:{asked.ray}", asked.ray, {}, *schedule, note, drain_s=DRAIN_S

@@ -1,0 +1,1 @@
+"""The sections of a config, and what follows from it before there is any server."""

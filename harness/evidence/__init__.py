@@ -1,0 +1,1 @@
+"""What is kept of experiments: their evidence, their history, and pages about them."""

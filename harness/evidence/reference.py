@@ -1,0 +1,104 @@
+"""Evidence that is small enough to keep: a judged results folder, its streams as Parquet."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from pathlib import Path
+
+from analysis.verdicts.replica_verdict import verdict_of
+from harness.configs.launch import PACE_LOG
+from harness.evidence.evidence_rows import SIMULATED, simulate_set_law
+from harness.experiments.analyse import load_evidence
+from harness.records.columns import write_columns
+from harness.records.store import STAGES, Store, StoreError
+
+MOST_BYTES = 400_000
+"""Of the Parquet of one row."""
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|usr|opt|var|mnt|data|work|Users)/")
+
+
+def export(source: Path, target: Path) -> int:
+    """Write the evidence of a judged folder to ``target``, in place of what is there.
+
+    The streams of its runs become Parquet; the JSON files stay byte by byte, since the prediction has
+    digests of them; reports and the engine's log are left out. Beside them goes what the scheduler
+    model makes of the law that the engine was set to. The bytes of Parquet come back. Raises StoreError
+    when they are too many, when a file names this machine or a path on it, or when another verdict than
+    that of ``source`` would come of what is kept.
+    """
+    judged = Store.open(source)
+    if not judged.has("verdict.json"):
+        raise StoreError(f"{source} has no verdict: judge it first, with critrate analyse")
+    new = target.with_name(f".{target.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        for name in ("schema.json", *STAGES):
+            shutil.copyfile(source / name, new / name)
+        size = sum(_keep_run(judged, run_id, new) for run_id in judged.whole_runs())
+        if size > MOST_BYTES:
+            raise StoreError(
+                f"{source}: its records take {size / 1000:.0f} kB, {MOST_BYTES / 1000:.0f} kB are "
+                "allowed: sample less often (sample_interval_s) or shorten the runs"
+            )
+        _keep_pace(judged, new)
+        _require_nameless(new)
+        verdict = verdict_of(load_evidence(judged)).to_dict()
+        kept = Store.open(new)
+        if repr(verdict_of(load_evidence(kept)).to_dict()) != repr(verdict):
+            raise StoreError(f"{source}: another verdict would come of what is kept")
+        kept.write_json("verdict.json", verdict)
+        if (simulated := simulate_set_law(kept)) is not None:
+            kept.write_json(SIMULATED, simulated.to_dict())
+        shutil.rmtree(target, ignore_errors=True)
+        new.rename(target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return size
+
+
+def _keep_run(judged: Store, run_id: str, new: Path) -> int:
+    """Copy a run with its streams as Parquet; their bytes come back."""
+    source, target = judged.path / "runs" / run_id, new / "runs" / run_id
+    target.mkdir(parents=True)
+    for name in ("run.json", "end.json"):
+        shutil.copyfile(source / name, target / name)
+    size = 0
+    for name in judged.streams_of(run_id):
+        lines = (source / f"{name}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        size += write_columns(target / f"{name}.parquet", records)
+    return size
+
+
+def _keep_pace(judged: Store, new: Path) -> None:
+    """The lines of a paced engine's record that fall into a run: the others are of the probes."""
+    spans = [(run.start_ns, run.end_ns) for run in map(judged.read_run, judged.whole_runs())]
+    for log in sorted(judged.path.glob(PACE_LOG.replace(".", "*."))):
+        lines = log.read_text().splitlines(keepends=True)
+        instants = [json.loads(line)["t_ns"] for line in lines]
+        inside = [
+            line
+            for line, t_ns in zip(lines, instants, strict=True)
+            if any(start_ns < t_ns <= end_ns for start_ns, end_ns in spans)
+        ]
+        (new / log.name).write_text("".join(inside))
+
+
+def _require_nameless(folder: Path) -> None:
+    """Raise StoreError where a text file holds a path of a machine, or this machine's name."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".json", ".yaml", ".jsonl"):
+            continue
+        text = path.read_text()
+        found = MACHINE_PATH.search(text)
+        name = platform.node()
+        if found is not None or (len(name) > 3 and name in text):
+            what = f"a path ({found.group()}...)" if found else "its name"
+            raise StoreError(
+                f"{path.name} holds {what} of this machine: use a relative path in the config, and "
+                "lengths that ship with the package"
+            )

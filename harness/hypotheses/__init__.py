@@ -1,0 +1,1 @@
+"""The hypotheses and published cases of the theory, put to simulators."""

@@ -1,0 +1,1 @@
+"""At a live server: reached, sampled, probed, and offered its load."""

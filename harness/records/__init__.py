@@ -1,0 +1,1 @@
+"""The results folder and its streams: what is written beside the load, and kept."""

@@ -1,0 +1,1 @@
+"""Experiments, searches and fleets in virtual time, on servers whose truth is known."""
