@@ -12,6 +12,7 @@ import pytest
 
 from analysis.numbers.estimate import Estimate
 from harness.evidence.evidence_rows import SIMULATED, Row, read_row, simulate_set_law
+from harness.evidence.reference import MOST_BYTES
 from harness.evidence.results_page import line, page
 from harness.records.store import Store
 from tests.harness.judged import judged_folder, simulated
@@ -148,7 +149,7 @@ def test_the_page_and_every_verdict_are_derived_again() -> None:
                 f"{row.name}: {name}; run scripts/results_table"
             )
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-        assert size <= 300_000
+        assert size <= MOST_BYTES
 
 
 @pytest.mark.skipif(not FOLDERS, reason="no evidence is kept yet")

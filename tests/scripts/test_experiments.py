@@ -23,6 +23,8 @@ OWN_STEP_S = {"tiny": 0.0065, "small": 0.0175}
 """Of engines whose step time is not set, as docs/engines.md measured it."""
 LARGE = ("vllm_paper_1_1", "vllm_paper_2_1", "vllm_paper_1_2")
 """Millions of pairs of lengths: their plans take too long to be tested here."""
+HEADROOM = "vllm_headroom"
+"""Watched at three rates for minutes each."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def test_every_config_is_a_row_and_its_claim_is_fixed(script: ModuleType) -> Non
         config = load_config(path)
         assert (config.name, config.claim) == (name, "engine")
         assert not config.load.extend
-        assert script.expected_s(name) < 60 * (50 if name in LARGE else 11)
+        most_min = 50 if name in LARGE else 19 if name == HEADROOM else 11
+        assert script.expected_s(name) < 60 * most_min
 
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(LARGE)))
