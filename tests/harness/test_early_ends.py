@@ -14,7 +14,7 @@ import pytest
 from harness.records.store import Store
 from tests.harness.program import CONFIG, config_file, critrate, exit_status, mock_pids
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.waits
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT)
 
