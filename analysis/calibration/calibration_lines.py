@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.numbers.estimate import Estimate
 from analysis.numbers.formatting import estimate_text, grouped, percent, plain, value_text
 from analysis.numbers.lack_of_fit import FALSE_ALARM
 from analysis.numbers.quantiles import normal_quantile, student_quantile
-from analysis.schedulers.step_time import StepTime
 
 POOL_TOLERANCE = 0.02
 """Shown and implied pool differ where the implied interval stays this far away from what is shown."""
@@ -31,6 +31,7 @@ FURTHEST = 3
 """So many designs are named where the law is not linear."""
 
 Lines = list[tuple[str, str]]
+Floats = NDArray[np.float64]
 
 
 def calibration_lines(record: Mapping[str, Any]) -> Lines:
@@ -136,17 +137,32 @@ def _furthest_off(record: Mapping[str, Any]) -> str:
     test = record["fit"]["lack_of_fit"]
     if test is None or test["p_value"] >= FALSE_ALARM:
         return ""
-    law = StepTime(**record["fit"]["law"])
-    off: dict[str, list[float]] = {}
-    for seen in record["observations"]:
-        steps, *sums = (float(seen[key]) for key in ("steps", "tokens", "kv_tokens", "running"))
-        said_s = steps * law(*(total / steps for total in sums))
-        off.setdefault(seen["probe"], []).append(seen["duration_s"] / said_s - 1.0)
-    means = {name: float(np.mean(values)) for name, values in off.items()}
-    furthest = sorted(means, key=lambda name: -abs(means[name]))[:FURTHEST]
+    seen = record["observations"]
+    names = sorted({str(o["probe"]) for o in seen})
+    _, off, _ = off_by_design(seen, names, record["fit"]["law"])
+    furthest = sorted(zip(names, off, strict=True), key=lambda design: -abs(design[1]))[:FURTHEST]
     return "; furthest off the law: " + ", ".join(
-        f"{name!r} {100 * means[name]:+.1f} %" for name in furthest
+        f"{name!r} {100 * share:+.1f} %" for name, share in furthest
     )
+
+
+def off_by_design(
+    seen: Sequence[Mapping[str, Any]], names: list[str], law: Mapping[str, Any]
+) -> tuple[Floats, Floats, Floats]:
+    """Fitted ms per step, mean relative residual and half its 95 % interval; shape (designs,) each."""
+    sums = np.array([[o["steps"], o["tokens"], o["kv_tokens"], o["running"]] for o in seen])
+    keys = ("b0_s", "b1_s_per_token", "b2_s_per_kv_token", "b3_s_per_request")
+    fitted_s = sums @ np.array([float(law[key]) for key in keys])
+    residual = np.array([o["duration_s"] for o in seen]) / fitted_s - 1.0
+    owner = np.array([names.index(str(o["probe"])) for o in seen])
+    counts = np.bincount(owner)
+    off = np.bincount(owner, residual) / counts
+    fitted = 1e3 * np.bincount(owner, fitted_s / sums[:, 0]) / counts
+    dof = len(seen) - len(names)
+    if dof < 1:
+        return fitted, off, np.zeros(len(names))
+    scatter = np.sqrt(np.sum((residual - off[owner]) ** 2) / dof)
+    return fitted, off, student_quantile(0.975, dof) * scatter / np.sqrt(counts)
 
 
 def _outside(record: Mapping[str, Any]) -> str:

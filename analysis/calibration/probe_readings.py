@@ -112,12 +112,9 @@ def step_observation(
     alone_steps = np.ceil(prompt / prefill_chunk) if prefill_chunk else np.zeros(len(records))
     progress = (start + stop) / 2 - first
     progress *= (output - 1) / np.maximum(last - first, 1.0)
+    held = prompt + np.minimum((stop - first) / (last - first + 1.0), 1.0) * (output - 1)
     edges, position = _clock(
-        (
-            start,
-            stop,
-            prompt + np.minimum((stop - first) / (last - first + 1.0), 1.0) * (output - 1),
-        ),
+        (start, stop, held),
         np.where(joined, alone_steps, 0.0),
         np.where(joined, prompt, 0.0),
         (end - begin) / (output[own] - 1),

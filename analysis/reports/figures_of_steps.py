@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from analysis.calibration.calibration_lines import Floats, off_by_design
 from analysis.numbers.estimate import Estimate
 from analysis.numbers.formatting import estimate_text
-from analysis.numbers.quantiles import student_quantile
 from analysis.reports.figure_style import INK, MEASURED, MUTED, PREDICTED, WIDTH_IN, draw, spread
-
-Floats = NDArray[np.float64]
 
 
 def step_time_figure(record: Mapping[str, Any]) -> str | None:
@@ -28,7 +24,7 @@ def step_time_figure(record: Mapping[str, Any]) -> str | None:
     if not seen or "fit" not in record:
         return None
     names = list(dict.fromkeys(str(o["probe"]) for o in seen))
-    fitted, off, half = _by_design(seen, names, record["fit"]["law"])
+    fitted, off, half = off_by_design(seen, names, record["fit"]["law"])
     point = record.get("saturated")
     step = None if not point else Estimate.from_dict(point["step_time_s"]).scaled(1e3, "ms")
 
@@ -45,25 +41,6 @@ def step_time_figure(record: Mapping[str, Any]) -> str | None:
         figure.align_ylabels()
 
     return draw(WIDTH_IN, 4.4, "Measured against fitted step time per design of probe", paint)
-
-
-def _by_design(
-    seen: list[Mapping[str, Any]], names: list[str], law: Mapping[str, Any]
-) -> tuple[Floats, Floats, Floats]:
-    """Fitted ms per step, mean relative residual and half its 95 % interval; shape (designs,) each."""
-    sums = np.array([[o["steps"], o["tokens"], o["kv_tokens"], o["running"]] for o in seen])
-    keys = ("b0_s", "b1_s_per_token", "b2_s_per_kv_token", "b3_s_per_request")
-    fitted_s = sums @ np.array([float(law[key]) for key in keys])
-    residual = np.array([o["duration_s"] for o in seen]) / fitted_s - 1.0
-    owner = np.array([names.index(str(o["probe"])) for o in seen])
-    counts = np.bincount(owner)
-    off = np.bincount(owner, residual) / counts
-    fitted = 1e3 * np.bincount(owner, fitted_s / sums[:, 0]) / counts
-    dof = len(seen) - len(names)
-    if dof < 1:
-        return fitted, off, np.zeros(len(names))
-    scatter = np.sqrt(np.sum((residual - off[owner]) ** 2) / dof)
-    return fitted, off, student_quantile(0.975, dof) * scatter / np.sqrt(counts)
 
 
 def _paint_steps(
