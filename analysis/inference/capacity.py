@@ -66,13 +66,17 @@ def work_done(
     frames: RunFrames, at_s: NDArray[np.float64], binding: str = "kv_cache"
 ) -> NDArray[np.float64]:
     """Work served until each instant, in the unit of ``binding`` (`work_of`), shape of ``at_s``."""
+    tokens = tokens_received(frames, at_s)
+    return np.asarray(work_of(binding, *_lengths(frames), tokens).sum(axis=0))
+
+
+def _lengths(frames: RunFrames) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Prompt and declared output of the started requests, shape (started requests, 1) each."""
     prompt, declared = (
         frames.per_request(column)[frames.started, None]
         for column in ("prompt_tokens", "max_tokens")
     )
-    tokens = tokens_received(frames, at_s)
-    result: NDArray[np.float64] = work_of(binding, prompt, declared, tokens).sum(axis=0)
-    return result
+    return prompt, declared
 
 
 def service_rates(
@@ -129,31 +133,83 @@ def work_served(
     """
     residences = window.duration_s / frames.mean_residence_s
     edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
-    rates = service_rates(
-        _put_right(frames, edges, work_done(frames, edges, binding)), edges, demand
-    )
+    rates = service_rates(work_by_counter(frames, edges, binding), edges, demand)
     method = f"{UNITS[binding]} under backlog over its mean per request"
     return Stretch(rates, window.duration_s, residences, "req/s", method)
 
 
-def _put_right(
-    frames: RunFrames, edges_s: NDArray[np.float64], work: NDArray[np.float64]
+def work_by_counter(
+    frames: RunFrames, at_s: NDArray[np.float64], binding: str = "kv_cache"
 ) -> NDArray[np.float64]:
-    """``work`` by even progress less that of the tokens which this is ahead of the engine's own counter.
+    """Work served until each instant, with as many tokens as the engine's own counter has by then.
 
-    A preempted request stands still: spread over its residence its tokens come too early, but for those
-    that still stand at the end of a run. The tokens weigh as much as a mean one between the first and
-    the last edge. The edges lie within the samples. Unchanged where the counter was not recorded or
-    stood still.
+    By even progress (`work_done`) where the counter was not recorded or stood still. Otherwise tokens
+    are put where they came (`tokens_by_counter`), and what then still differs from the counter, as of
+    chunks that brought several tokens, weighs as much as a mean token between the first and the last
+    instant. These lie within the samples.
     """
     if "generation_tokens" not in frames.engine:
-        return work
-    counted = np.interp(edges_s, frames.per_sample("t_s"), frames.per_sample("generation_tokens"))
+        return work_done(frames, at_s, binding)
+    counted = tokens_counted(frames, at_s)
     if counted[-1] <= counted[0]:
-        return work
-    tokens = tokens_received(frames, edges_s).sum(axis=0)
-    per_token = (work[-1] - work[0]) / max(tokens[-1] - tokens[0], 1.0)
-    return np.asarray(work - (tokens - counted) * per_token)
+        return work_done(frames, at_s, binding)
+    tokens = tokens_by_counter(frames, at_s, counted)
+    work = work_of(binding, *_lengths(frames), tokens).sum(axis=0)
+    total = tokens.sum(axis=0)
+    per_token = (work[-1] - work[0]) / max(total[-1] - total[0], 1.0)
+    return np.asarray(work + (counted - total) * per_token)
+
+
+def tokens_counted(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Output tokens of this run by the engine's counter until each instant, shape of ``at_s``.
+
+    The counter goes on from run to run: what it had before is what the first sample shows above the
+    tokens that had been received by then.
+    """
+    seen_s, counter = frames.per_sample("t_s"), frames.per_sample("generation_tokens")
+    before = counter[0] - tokens_received(frames, seen_s[:1]).sum()
+    return np.asarray(np.interp(at_s, seen_s, counter) - before)
+
+
+def tokens_by_counter(
+    frames: RunFrames, at_s: NDArray[np.float64], counted: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Output tokens of each started request until each instant, of which ``counted`` in all.
+
+    Engines preempt the youngest: such a request stands still after its first tokens, and then takes one
+    with each decoding step until its last. So what it has is what it ended with less the steps to come
+    (`decoding_steps`), at least one; what the counter has beyond the sum of these is shared evenly by
+    those that stand at one. Shape (started requests, instants).
+    """
+    first_s, last_s, got = (
+        frames.per_request(column)[frames.started, None]
+        for column in ("first_token_s", "last_token_s", "output_tokens")
+    )
+    to_come = np.maximum(decoding_steps(frames, last_s) - decoding_steps(frames, at_s), 0.0)
+    tokens = np.where(at_s >= first_s, np.clip(got - to_come, 1.0, got), 0.0)
+    still = (tokens == 1.0) & (got > 1.0)
+    missing = np.maximum(counted - tokens.sum(axis=0), 0.0) / np.maximum(still.sum(axis=0), 1)
+    return np.where(still, np.minimum(1.0 + missing, got), tokens)
+
+
+def decoding_steps(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Steps in which running requests took a token each, until each instant; shape of ``at_s``.
+
+    Tokens counted that were nobody's first, over those running, from sample to sample; after the last
+    sample at the pace of the last mean residence. Steps that only read prompts do not count.
+    """
+    seen_s, running = frames.per_sample("t_s"), frames.per_sample("running")
+    begun = np.searchsorted(
+        np.sort(frames.per_request("first_token_s")[frames.started]), seen_s, "right"
+    )
+    decoded = np.maximum(np.diff(frames.per_sample("generation_tokens") - begun), 0.0)
+    each = decoded / np.maximum((running[1:] + running[:-1]) / 2.0, 1.0)
+    steps = np.append(0.0, np.cumsum(each))
+    since = int(np.searchsorted(seen_s, seen_s[-1] - frames.mean_residence_s))
+    since = min(since, len(seen_s) - 2)
+    pace = (steps[-1] - steps[since]) / (seen_s[-1] - seen_s[since])
+    beyond = np.maximum(at_s - seen_s[-1], 0.0) * pace
+    return np.asarray(np.interp(at_s, seen_s, steps) + beyond)
 
 
 def completions(frames: RunFrames, window: Backlog) -> Stretch:

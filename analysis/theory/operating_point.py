@@ -275,7 +275,11 @@ def model_error(workload: Workload, supply: dict[CeilingName, Estimate]) -> floa
 
 def forms_cohorts(workload: Workload) -> bool:
     """Are the outputs so alike that requests that began together end together?"""
+    return output_cv(workload) < FIXED_BELOW_CV
+
+
+def output_cv(workload: Workload) -> float:
+    """Coefficient of variation of the output lengths."""
     outputs = workload.output_tokens
     mean = workload.mean(outputs)
-    variance = workload.mean(outputs * outputs) - mean**2
-    return float(np.sqrt(max(variance, 0.0))) / mean < FIXED_BELOW_CV
+    return math.sqrt(workload.mean((outputs - mean) ** 2)) / mean

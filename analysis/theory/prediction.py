@@ -50,7 +50,7 @@ class Prediction:
     """Mean time from admission to departure at saturation."""
     longest_residence_s: float
     settling_s: float
-    """After an idle time the scheduler remembers it for so long."""
+    """After an idle time the scheduler remembers it, or equal outputs stay in step, for so long."""
     recomputed_tokens: float
     """Tokens per request that are computed again after preemptions, at saturation."""
     under_fill: float

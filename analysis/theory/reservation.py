@@ -37,7 +37,7 @@ from analysis.schedulers.sglang import (
 )
 from analysis.theory import kv_demand
 from analysis.theory.kv_demand import rounded_sum
-from analysis.theory.operating_point import FIXED_BELOW_CV, Demand, Operation, Point, cut_off
+from analysis.theory.operating_point import Demand, Operation, Point, cut_off, forms_cohorts
 from analysis.theory.prediction import CeilingName
 from analysis.theory.prefill_passes import heads_uncovered, passes_in_a_row, steps_per_pass
 from loadgen.workload import Workload
@@ -125,7 +125,7 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     notes = []
     if looks_ahead(workload, limits) and not sets_all_aside(workload, limits):
         notes.append("admission looks ahead; the closed form takes the ratio rule alone")
-    if _nearly_fixed(workload):
+    if forms_cohorts(workload):
         notes.append(
             "outputs are nearly fixed: requests that were admitted together leave together, so that the "
             "critical rate depends on how the batch was filled; this is the one from an empty server"
@@ -168,18 +168,11 @@ def sglang_demand(
 
 def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> float:
     error = MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
-    if _nearly_fixed(workload):
+    if forms_cohorts(workload):
         error = MODEL_ERROR_FIXED
     elif looks_ahead(workload, limits) and found.ratio < 1:
         error = MODEL_ERROR_LOOKING
     return math.hypot(error, MODEL_ERROR_ALONE / found.running)
-
-
-def _nearly_fixed(workload: Workload) -> bool:
-    outputs = workload.output_tokens
-    mean = workload.mean(outputs)
-    variance = workload.mean(np.asarray((outputs - mean) ** 2))
-    return variance < (FIXED_BELOW_CV * mean) ** 2
 
 
 def declared_to_come(workload: Workload, rules: SGLangRules) -> Floats:

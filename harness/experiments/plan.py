@@ -192,8 +192,8 @@ def make_plan(
             shortest_s = warmup_s + 2 * MIN_BACKLOG_RESIDENCES * mean_s
             raise HorizonTooShort(
                 f"a run of {length_s:.0f} s has {max(left_s, 0):.0f} s left after its warm-up of "
-                f"{warmup_s:.0f} s (three of the longest residence times): set load.max_horizon_s and "
-                f"load.horizon_s to at least {shortest_s:.0f}"
+                f"{warmup_s:.0f} s ({warmup_s / longest_s:.0f} of the longest residence times): set "
+                f"load.max_horizon_s and load.horizon_s to at least {shortest_s:.0f}"
             )
         powers.append(aim.power(left_s))
         runs.append(

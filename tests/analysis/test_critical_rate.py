@@ -211,6 +211,21 @@ def test_the_sampling_error_of_lengths_is_that_of_repeated_samples(seqs: int) ->
     assert np.mean(errors) == pytest.approx(np.std(rates) / np.mean(rates), rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("law", "residences"),
+    [
+        (wl.fixed(64, 64), 5.0),
+        (wl.uniform((16, 112), (64, 64)), 5.0),
+        (wl.uniform((64, 64), (60, 68)), 0.0),
+        (wl.uniform((16, 112), (16, 112)), 0.0),
+    ],
+)
+def test_equal_outputs_stay_in_step_for_longer(law: wl.Workload, residences: float) -> None:
+    """Served too much or too little meanwhile; a scatter of 4 % ends it."""
+    found = predict(law, limits(256), LAW, "engine", "P1")
+    assert found.settling_s == pytest.approx(residences * found.longest_residence_s)
+
+
 def test_a_prediction_goes_through_json_unchanged() -> None:
     found = predict(WORKLOAD, limits(seqs=None), LAW, "engine", "P1")
     back = Prediction.from_dict(json.loads(json.dumps(found.to_dict())))
