@@ -282,4 +282,4 @@ def output_cv(workload: Workload) -> float:
     """Coefficient of variation of the output lengths."""
     outputs = workload.output_tokens
     mean = workload.mean(outputs)
-    return math.sqrt(workload.mean((outputs - mean) ** 2)) / mean
+    return math.sqrt(workload.mean(np.asarray((outputs - mean) ** 2))) / mean
