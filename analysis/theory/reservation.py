@@ -125,10 +125,11 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     notes = []
     if looks_ahead(workload, limits) and not sets_all_aside(workload, limits):
         notes.append("admission looks ahead; the closed form takes the ratio rule alone")
-    if forms_cohorts(workload):
+    if keeps_its_fill(workload, limits):
         notes.append(
-            "outputs are nearly fixed: requests that were admitted together leave together, so that the "
-            "critical rate depends on how the batch was filled; this is the one from an empty server"
+            "outputs are nearly fixed: requests that were admitted together leave together and share "
+            "prefill steps, so that the rate depends on how fast the batch was filled; this is the one "
+            "from an empty server near the threshold: keep load.rates below 1.15"
         )
     if found.ratio < 1:
         notes.append(f"new_token_ratio is taken as {found.ratio:.3f} under saturation")
@@ -140,6 +141,15 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
         notes=tuple(notes),
         settling_steps=0 if found.ratio == 1 else math.ceil(RATIO_DECAY_STEPS * stretch),
     )
+
+
+def keeps_its_fill(workload: Workload, limits: EngineLimits) -> bool:
+    """Do requests stay in the waves in which chance first admitted them?
+
+    SGLang computes prompts in steps of their own, which a wave shares: it is served the faster the
+    larger it is, and equal outputs keep it together. No operating point stands for that.
+    """
+    return limits.sglang is not None and forms_cohorts(workload)
 
 
 def sglang_demand(
