@@ -104,22 +104,18 @@ class Backlog:
 
 
 def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
-    """Longest suffix-to-gap stretch after ``start_s`` with waiting > 0 in every sample; None if none."""
+    """The stretch after ``start_s`` with waiting > 0 in every sample until the end; None if it ended.
+
+    A queue empties when service was fast: stretches that ended so would make the rate too high.
+    """
     seen_s = frames.per_sample("t_s")
     inside = (seen_s >= start_s) & (seen_s <= frames.end_s)
     times = seen_s[inside]
-    waiting = frames.per_sample("waiting")[inside] > 0
-    best: Backlog | None = None
-    begin: int | None = None
-    for i, busy in enumerate([*waiting.tolist(), False]):
-        if busy and begin is None:
-            begin = i
-        elif not busy and begin is not None:
-            stretch = Backlog(float(times[begin]), float(times[i - 1]))
-            if best is None or stretch.duration_s > best.duration_s:
-                best = stretch
-            begin = None
-    return best
+    empty = np.flatnonzero(frames.per_sample("waiting")[inside] == 0)
+    first = empty[-1] + 1 if len(empty) else 0
+    if first >= len(times):
+        return None
+    return Backlog(float(times[first]), float(times[-1]))
 
 
 def work_served(

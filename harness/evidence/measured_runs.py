@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,15 @@ def read_measured(folder: Path) -> MeasuredServer:
 
 
 def backlog_after_one_residence(server: MeasuredServer) -> Backlog:
-    """The longest stretch with a waiting queue, less what lies before one mean residence time.
+    """The last stretch with a waiting queue, less what lies before one mean residence time.
 
-    Before that hardly anything has left. Raises ValueError where nothing remains.
+    Before that hardly anything has left. Arrivals ended before the queue did, which is what emptied it.
+    Raises ValueError where nothing remains.
     """
     frames = server.frames
-    window = backlogged_window(frames, 0.0)
+    waited_s = frames.per_sample("t_s")[frames.per_sample("waiting") > 0]
+    last_s = float(waited_s[-1]) if len(waited_s) else 0.0
+    window = backlogged_window(replace(frames, end_s=last_s), 0.0)
     start_s = max(frames.mean_residence_s, 0.0 if window is None else window.start_s)
     if window is None or window.end_s <= start_s:
         raise ValueError(

@@ -323,9 +323,19 @@ def samples(end_s: float, waiting: int) -> list[EngineSample]:
     ]
 
 
-def test_the_backlogged_window_is_the_longest_stretch_without_an_empty_queue() -> None:
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [
+        ([3] * 50 + [0] * 10 + [2] * 200 + [0] + [1] * 39, (26.1, 29.9)),
+        ([3] * 300, (1.0, 29.9)),
+        ([3] * 250 + [0] * 50, None),
+    ],
+)
+def test_the_backlogged_window_lasts_until_the_end(
+    waiting: list[int], expected: tuple[float, float] | None
+) -> None:
+    """A queue that emptied was served fast: what lies before it tells too high a rate."""
     run = Run(id="x", arrival_rate=1.0, horizon_s=30.0, warmup_s=0.0, seed=1)
-    waiting = [3] * 50 + [0] * 10 + [2] * 200 + [0] + [1] * 39
     rows = [
         EngineSample(
             read_ns=i * 10**8,
@@ -344,5 +354,5 @@ def test_the_backlogged_window_is_the_longest_stretch_without_an_empty_queue() -
         )
         for i, w in enumerate(waiting)
     ]
-    window = backlogged_window(run_frames(run, 0, 30 * 10**9, [], rows), 0.0)
-    assert window == Backlog(pytest.approx(6.0), pytest.approx(25.9))
+    window = backlogged_window(run_frames(run, 0, 30 * 10**9, [], rows), 1.0)
+    assert window == (expected and Backlog(*(pytest.approx(s) for s in expected)))
