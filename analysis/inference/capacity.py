@@ -139,18 +139,26 @@ def work_by_counter(
 ) -> NDArray[np.float64]:
     """Work served until each instant, with as many tokens as the engine's own counter has by then.
 
-    By even progress (`work_done`) where the counter was not recorded or stood still. Otherwise tokens
-    are put where they came (`tokens_by_counter`), and what then still differs from the counter, as of
-    chunks that brought several tokens, weighs as much as a mean token between the first and the last
-    instant. These lie within the samples.
+    Of output tokens and tokens computed the counter tells the work itself. KV demand takes who has them:
+    tokens are put where they came (`tokens_by_counter`), and what then still differs from the counter,
+    as of chunks that brought several tokens, weighs as much as a mean token between the first and the
+    last instant. By even progress (`work_done`) where the counter was not recorded, stood still or went
+    back. The instants lie within the samples.
     """
     if "generation_tokens" not in frames.engine:
         return work_done(frames, at_s, binding)
     counted = tokens_counted(frames, at_s)
-    if counted[-1] <= counted[0]:
+    forward = bool((np.diff(frames.per_sample("generation_tokens")) >= 0).all())
+    if not forward or counted[-1] <= counted[0]:
         return work_done(frames, at_s, binding)
+    if binding == "max_num_seqs":
+        return counted
+    prompt, declared = _lengths(frames)
+    if binding == "max_num_batched_tokens":
+        read = at_s >= frames.per_request("first_token_s")[frames.started, None]
+        return np.asarray(((prompt - 1.0) * read).sum(axis=0) + counted)
     tokens = tokens_by_counter(frames, at_s, counted)
-    work = work_of(binding, *_lengths(frames), tokens).sum(axis=0)
+    work = work_of(binding, prompt, declared, tokens).sum(axis=0)
     total = tokens.sum(axis=0)
     per_token = (work[-1] - work[0]) / max(total[-1] - total[0], 1.0)
     return np.asarray(work + (counted - total) * per_token)
@@ -192,15 +200,17 @@ def decoding_steps(frames: RunFrames, at_s: NDArray[np.float64]) -> NDArray[np.f
     """Steps in which running requests took a token each, until each instant; shape of ``at_s``.
 
     Tokens counted that were nobody's first, over those running, from sample to sample; after the last
-    sample at the pace of the last mean residence. Steps that only read prompts do not count.
+    sample at the pace of the last mean residence. Steps that only read prompts do not count, and where
+    many of those running read theirs in chunks there were more.
     """
     seen_s, running = frames.per_sample("t_s"), frames.per_sample("running")
     begun = np.searchsorted(
         np.sort(frames.per_request("first_token_s")[frames.started]), seen_s, "right"
     )
-    decoded = np.maximum(np.diff(frames.per_sample("generation_tokens") - begun), 0.0)
+    decoded = np.diff(frames.per_sample("generation_tokens") - begun)
     each = decoded / np.maximum((running[1:] + running[:-1]) / 2.0, 1.0)
-    steps = np.append(0.0, np.cumsum(each))
+    # A first token may reach the client before or after the counter.
+    steps = np.maximum.accumulate(np.append(0.0, np.cumsum(each)))
     since = int(np.searchsorted(seen_s, seen_s[-1] - frames.mean_residence_s))
     since = min(since, len(seen_s) - 2)
     pace = (steps[-1] - steps[since]) / (seen_s[-1] - seen_s[since])

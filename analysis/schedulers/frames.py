@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from analysis.schedulers.engine import EngineSample
 from loadgen.records import RequestRecord, Run
 
+SHORTEST_S = 1e-3
+"""No residence counts as shorter, that lengths in residences are numbers."""
 REQUEST_TIMES = ("scheduled", "sent", "first_token", "last_token")
 
 
@@ -82,14 +84,16 @@ class RunFrames:
         """Mean time of a request in service, first to last token, in seconds; inf before one left.
 
         Little's law: all time spent in service until the end of the run over all that completed, so that
-        the short ones, which are the first to complete, do not stand for all.
+        the short ones, which are the first to complete, do not stand for all. Outputs of one token have
+        none: at least `SHORTEST_S`.
         """
         first, last = self.per_request("first_token_s"), self.per_request("last_token_s")
         done = self.completed & (last <= self.end_s)
         if not done.any():
             return math.inf
         in_service_s = np.where(done, last, self.end_s) - first
-        return float(np.nansum(np.maximum(in_service_s, 0.0)) / done.sum())
+        mean_s = float(np.nansum(np.maximum(in_service_s, 0.0)) / done.sum())
+        return max(mean_s, SHORTEST_S)
 
 
 def run_frames(

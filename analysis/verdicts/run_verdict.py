@@ -25,7 +25,7 @@ from analysis.inference.growth import (
 from analysis.inference.long_run import Stretch
 from analysis.inference.warm_up import warm_up_warning
 from analysis.numbers.estimate import Estimate
-from analysis.schedulers.frames import RunFrames
+from analysis.schedulers.frames import SHORTEST_S, RunFrames
 from analysis.verdicts.audit import Saturation, binding_resource, saturation, step_time
 from analysis.verdicts.branches import Judged, judge_from_full
 from analysis.verdicts.evidence import (
@@ -209,7 +209,9 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
         return None
     window = backlogged_window(run.frames, run.frames.run.warmup_s)
     lived_s = run.frames.per_request("last_token_s") - run.frames.per_request("first_token_s")
-    residence_s = float(np.nanmean(lived_s)) if np.isfinite(lived_s).any() else math.nan
+    residence_s = math.nan
+    if np.isfinite(lived_s).any():
+        residence_s = max(float(np.nanmean(lived_s)), SHORTEST_S)
     if window is None or not window.duration_s >= MIN_BACKLOG_RESIDENCES * residence_s:
         return None
     saturated = saturation(run.frames, window, evidence.limits, evidence.workload)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.inference.capacity import (
@@ -101,15 +102,16 @@ def read_measured(folder: Path) -> MeasuredServer:
 
 
 def backlog_after_one_residence(server: MeasuredServer) -> Backlog:
-    """The last stretch with a waiting queue, less what lies before one mean residence time.
+    """The stretch with a waiting queue at the load's end, less what lies before one mean residence.
 
-    Before that hardly anything has left. Arrivals ended before the queue did, which is what emptied it.
-    Raises ValueError where nothing remains.
+    Before that hardly anything has left. No more arrivals are what emptied the queue. Raises ValueError
+    where nothing remains.
     """
     frames = server.frames
-    waited_s = frames.per_sample("t_s")[frames.per_sample("waiting") > 0]
-    last_s = float(waited_s[-1]) if len(waited_s) else 0.0
-    window = backlogged_window(replace(frames, end_s=last_s), 0.0)
+    seen_s = frames.per_sample("t_s")
+    emptied = (seen_s > server.load_end_s) & (frames.per_sample("waiting") == 0)
+    end_s = float(seen_s[np.flatnonzero(emptied)[0] - 1]) if emptied.any() else frames.end_s
+    window = backlogged_window(replace(frames, end_s=end_s), 0.0)
     start_s = max(frames.mean_residence_s, 0.0 if window is None else window.start_s)
     if window is None or window.end_s <= start_s:
         raise ValueError(

@@ -205,17 +205,68 @@ def test_what_the_counter_had_before_the_run_is_not_served_in_it() -> None:
     assert work_served(replace(frames, engine=later), window, demand).rates == pytest.approx(before)
 
 
-def test_tokens_that_a_client_did_not_see_at_the_end_are_counted() -> None:
-    """Chunks may bring several tokens: those of unfinished requests are then counted short."""
-    frames, window, demand = long_outputs_beside_short_prompts()
+def unseen_at_the_end(frames: RunFrames) -> RunFrames:
+    """Without five tokens of each unfinished request."""
     requests = frames.requests.copy()
     open_yet = (requests["outcome"] == "unfinished") & (requests["output_tokens"] > 6)
     assert open_yet.sum() > 5
     requests.loc[open_yet, "output_tokens"] -= 5
-    short = work_served(replace(frames, requests=requests), window, demand).estimate
+    return replace(frames, requests=requests)
+
+
+def test_tokens_that_a_client_did_not_see_at_the_end_are_counted() -> None:
+    """Chunks may bring several tokens: those of unfinished requests are then counted short."""
+    frames, window, demand = long_outputs_beside_short_prompts()
+    short = work_served(unseen_at_the_end(frames), window, demand).estimate
     whole = work_served(frames, window, demand).estimate
     assert short.value == pytest.approx(whole.value, rel=1e-3)
     assert short.half_width < 1.5 * whole.half_width
+
+
+@pytest.mark.parametrize(
+    ("binding", "bounds"),
+    [
+        ("max_num_batched_tokens", limits(8192, budget=128)),
+        ("max_num_seqs", limits(8192, seqs=12)),
+    ],
+)
+def test_tokens_as_work_are_the_counters(binding: str, bounds: EngineLimits) -> None:
+    """Whatever a client saw of unfinished requests, and wherever it took their tokens to come."""
+    workload = uniform((64, 192), (8, 24))
+    frames = overloaded(workload, bounds, 3, 20.0)
+    window = backlogged_window(frames, 4.0)
+    assert window is not None
+    demand = workload.mean(work_demand(workload, binding))
+    whole = work_served(frames, window, demand, binding).rates
+    assert work_served(unseen_at_the_end(frames), window, demand, binding).rates == pytest.approx(
+        whole
+    )
+    even = frames.engine.drop(columns="generation_tokens")
+    rough = work_served(replace(frames, engine=even), window, demand, binding).mean
+    assert whole.mean() == pytest.approx(rough, rel=0.01)
+
+
+def test_a_counter_that_goes_back_is_left_aside() -> None:
+    """An engine that began anew in a run: its tokens are those that the client saw."""
+    frames, window, demand = long_outputs_beside_short_prompts()
+    counter = frames.engine["generation_tokens"]
+    anew = counter.where(counter.index < len(counter) // 2, counter - counter[len(counter) // 2])
+    without = frames.engine.drop(columns="generation_tokens")
+    found = [
+        work_served(replace(frames, engine=engine), window, demand).rates
+        for engine in (frames.engine.assign(generation_tokens=anew), without)
+    ]
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_outputs_of_one_token_have_a_rate() -> None:
+    workload = fixed(64, 1)
+    frames = overloaded(workload, limits(2048), 3, 10.0)
+    window = backlogged_window(frames, 4.0)
+    assert window is not None
+    demand = workload.mean(work_demand(workload))
+    counted = completions(frames, window).mean
+    assert work_served(frames, window, demand).mean == pytest.approx(counted, rel=0.02)
 
 
 def test_a_regression_on_what_does_not_vary_is_the_mean() -> None:
