@@ -19,7 +19,7 @@ def test_each_side_gets_its_answer(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "sweep", lambda function, jobs, cluster: map(function, jobs))
-    small = "--seeds 1 --truth 2000 --setting fixed --rho 0.95 --rho 1.0 --rho 1.05 --markdown"
+    small = "--seeds 1 --truth 2000 --setting wide --rho 0.95 --rho 1.0 --rho 1.05 --markdown"
     monkeypatch.setattr(sys, "argv", ["settling", *small.split()])
     bench.main()
     out = capsys.readouterr().out
@@ -28,7 +28,7 @@ def test_each_side_gets_its_answer(
     for rho, answer in (("0.95", "bounded"), ("1.00", "sqrt(t)"), ("1.05", "linear")):
         assert said[rho][answer].startswith("100.0%"), said[rho]
         assert said[rho]["wrong"].startswith("0.0%")
-    assert "fixed: true rate" in out
+    assert "wide: true rate" in out
 
 
 @pytest.mark.parametrize(
