@@ -24,7 +24,6 @@ WINDOW_RESIDENCES = 12
 WARM_UP_RESIDENCES = 2.5
 COMPILED_FROM = 1_000_000
 """Requests times steps from which the compiled engine pays: compiling takes half a minute, once."""
-OVERLOAD = 1.3
 FILLS = 16
 """Where the rate depends on how chance filled the batch, it is simulated from so many empty servers."""
 FILL_OVERLOAD, FILL_RESIDENCES = 1.05, 160
@@ -42,7 +41,7 @@ def simulated_rate(
     law: StepTime,
     requests: int = 1000,
     seed: int = 0,
-    overload: float = OVERLOAD,
+    overload: float = 1.3,
 ) -> Estimate:
     """Requests per second that one engine completes under Poisson arrivals at ``overload`` mu.
 
