@@ -154,7 +154,7 @@ def extend(
 
 def client_for(session: aiohttp.ClientSession, urls: Sequence[str], alarm: Alarm) -> Client:
     """The lean client where all is plain HTTP, else the session's."""
-    return LeanClient(session.headers, alarm) if is_plain(urls) else SessionClient(session)
+    return LeanClient(session.headers, alarm, urls) if is_plain(urls) else SessionClient(session)
 
 
 def is_plain(urls: Sequence[str]) -> bool:

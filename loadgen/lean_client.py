@@ -11,7 +11,7 @@ import asyncio
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -32,6 +32,8 @@ from loadgen.pacing import SECOND_NS, Alarm
 from loadgen.request_record import Outcome, RequestRecord
 
 SWEEP_INTERVAL_S = 1.0
+READY_CONNECTIONS = 8
+"""Open ahead of requests: to be connected takes 0.7 ms on a loopback, ten times what a send takes."""
 
 
 @dataclass(slots=True)
@@ -43,16 +45,22 @@ class _Origin:
     addresses: list[str] = field(default_factory=list)
     idle: deque[_Connection] = field(default_factory=deque)
     """The one used last is at the right, and is the next."""
+    ahead: bool = False
+    """Are connections to be open before they are needed?"""
+    connecting: int = 0
+    """Those that are being made ahead."""
 
 
 class LeanClient:
     """Connections without a cap, kept for `KEEPALIVE_S` when idle, the freshest used first.
 
-    ``headers`` go with every request. At each read the clock is compared with ``alarm``: however many
-    reads one turn of the loop brings, the next request leaves between two of them.
+    ``headers`` go with every request. To the servers of ``urls`` some connections are open before
+    they are needed: a request that has to wait for one leaves late. At each read the clock is compared
+    with ``alarm``: however many reads one turn of the loop brings, the next request leaves between two
+    of them.
     """
 
-    def __init__(self, headers: Mapping[str, str], alarm: Alarm) -> None:
+    def __init__(self, headers: Mapping[str, str], alarm: Alarm, urls: Sequence[str] = ()) -> None:
         fields = {"Accept": "*/*", "User-Agent": "critrate", **headers}
         self._fields = "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode()
         self.alarm = alarm
@@ -63,6 +71,10 @@ class LeanClient:
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._sweep = self._loop.call_later(SWEEP_INTERVAL_S, self._close_stale)
+        for url in urls:
+            origin, _ = self._target(url)
+            origin.ahead = True
+            self._open_ahead(origin)
 
     def send(
         self, request: Request, ended: Callable[[RequestRecord], None], timeout_s: float | None
@@ -78,11 +90,12 @@ class LeanClient:
             connection = origin.idle.pop()
             if connection.idle_since_ns > stale_ns and not connection.transport.is_closing():
                 connection.begin(exchange)
-                return exchange
+                break
             connection.transport.abort()
-        task = self._loop.create_task(self._connect(origin, exchange))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        else:
+            self._begin_task(self._connect(origin, exchange))
+        if origin.ahead:
+            self._open_ahead(origin)
         return exchange
 
     async def close(self) -> None:
@@ -120,27 +133,52 @@ class LeanClient:
             self._targets[url] = origin, head + self._fields + b"Content-Length: "
         return self._targets[url]
 
-    async def _connect(self, origin: _Origin, exchange: Exchange) -> None:
-        problem: OSError | None = None
+    def _open_ahead(self, origin: _Origin) -> None:
+        """Make what is missing of the connections that are to be ready."""
+        for _ in range(READY_CONNECTIONS - len(origin.idle) - origin.connecting):
+            origin.connecting += 1
+            self._begin_task(self._connect_ahead(origin))
+
+    def _begin_task(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect_ahead(self, origin: _Origin) -> None:
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                for address in await self._addresses(origin):
-                    try:
-                        _, connection = await self._loop.create_connection(
-                            lambda: _Connection(self, origin), address, origin.port
-                        )
-                    except OSError as error:
-                        problem = error
-                        continue
-                    if exchange.over:
-                        connection.rest()
-                    else:
-                        connection.begin(exchange)
-                    return
-        except OSError as error:
-            problem = error
-        what = "no address" if problem is None else in_short(problem)
-        exchange.end("failed", f"Cannot connect to host {origin.host}:{origin.port}: {what}")
+            (await self._connection(origin)).rest()
+        except OSError:
+            # The request that needs it will say so.
+            pass
+        finally:
+            origin.connecting -= 1
+
+    async def _connect(self, origin: _Origin, exchange: Exchange) -> None:
+        try:
+            connection = await self._connection(origin)
+        except OSError as problem:
+            where = f"{origin.host}:{origin.port}"
+            exchange.end("failed", f"Cannot connect to host {where}: {in_short(problem)}")
+            return
+        if exchange.over:
+            connection.rest()
+        else:
+            connection.begin(exchange)
+
+    async def _connection(self, origin: _Origin) -> _Connection:
+        """A new one. Raises OSError."""
+        problem = OSError("no address")
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            for address in await self._addresses(origin):
+                try:
+                    _, connection = await self._loop.create_connection(
+                        lambda: _Connection(self, origin), address, origin.port
+                    )
+                except OSError as error:
+                    problem = error
+                    continue
+                return connection
+        raise problem
 
     async def _addresses(self, origin: _Origin) -> list[str]:
         if not origin.addresses:

@@ -12,7 +12,7 @@ import uvloop
 
 from loadgen.client import SessionClient, open_session
 from loadgen.exchange import Request
-from loadgen.lean_client import LeanClient
+from loadgen.lean_client import READY_CONNECTIONS, LeanClient
 from loadgen.pacing import Alarm
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -134,6 +134,18 @@ async def both_clients(pieces_of, requests=None):
     server.close()
 
 
+def a_request(url):
+    return Request(
+        id=0,
+        url=url,
+        body=b"{}",
+        scheduled_ns=time.monotonic_ns(),
+        prompt_tokens=1,
+        output_tokens_designed=1,
+        max_tokens=1,
+    )
+
+
 def shape(record, name):
     """All of a record but the instants, of which only their order can be the same."""
     instants = [record.scheduled_ns, record.sent_ns, record.first_token_ns, record.last_token_ns]
@@ -249,19 +261,7 @@ def test_a_server_that_is_not_there_is_a_failure_and_nothing_was_sent():
         await server.wait_closed()
         ended = asyncio.get_running_loop().create_future()
         client = LeanClient({}, Alarm())
-        client.send(
-            Request(
-                id=0,
-                url=f"http://localhost:{port}",
-                body=b"",
-                scheduled_ns=0,
-                prompt_tokens=1,
-                output_tokens_designed=1,
-                max_tokens=1,
-            ),
-            ended.set_result,
-            None,
-        )
+        client.send(a_request(f"http://localhost:{port}"), ended.set_result, None)
         record = await ended
         await client.close()
         return record
@@ -269,6 +269,62 @@ def test_a_server_that_is_not_there_is_a_failure_and_nothing_was_sent():
     record = asyncio.run(scenario())
     assert (record.outcome, record.sent_ns, record.status) == ("failed", None, None)
     assert record.error.startswith("Cannot connect to host localhost:")
+
+
+def test_connections_to_known_servers_are_open_before_they_are_needed():
+    opened = []
+
+    async def talk(reader, writer):
+        opened.append(writer)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async def scenario():
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/completions"
+        client = LeanClient({}, Alarm(), [url, url])
+        counts = []
+        flights = []
+        for number in range(READY_CONNECTIONS + 1):
+            async with asyncio.timeout(20.0):
+                while len(opened) < number + READY_CONNECTIONS:
+                    await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+            counts.append(len(opened))
+            flights.append(client.send(a_request(url), lambda record: None, None))
+            # In the same turn of the loop: it did not have to wait.
+            assert flights[-1].stream.sent_ns is not None
+        for flight in flights:
+            flight.stop()
+        await client.close()
+        server.close()
+        return counts
+
+    ahead = asyncio.run(scenario())
+    assert ahead == list(range(READY_CONNECTIONS, 2 * READY_CONNECTIONS + 1))
+
+
+def test_connections_ahead_of_requests_to_a_server_that_is_not_there_are_not_tried_for_ever():
+    async def scenario():
+        server, port = await serve(SCRIPTS.get, [])
+        server.close()
+        await server.wait_closed()
+        url = f"http://127.0.0.1:{port}"
+        before = asyncio.all_tasks()
+        client = LeanClient({}, Alarm(), [url])
+        async with asyncio.timeout(20.0):
+            while asyncio.all_tasks() - before:
+                await asyncio.sleep(0.001)
+        ended = asyncio.get_running_loop().create_future()
+        client.send(a_request(url), ended.set_result, None)
+        record = await ended
+        await client.close()
+        return record
+
+    record = asyncio.run(scenario())
+    assert (record.outcome, record.sent_ns) == ("failed", None)
+    assert record.error.startswith("Cannot connect to host 127.0.0.1:")
 
 
 def test_stray_bytes_on_an_idle_connection_close_it():
