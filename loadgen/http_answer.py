@@ -24,7 +24,7 @@ connection, or the size of a chunk, the chunk, its line end, and the trailers af
 class Answer:
     """The parser of one answer. ``status`` is known after the head, ``part`` says where it stands."""
 
-    __slots__ = ("_left", "_rest", "keep_alive", "part", "status")
+    __slots__ = ("_left", "_rest", "_size_line", "_whole_bytes", "keep_alive", "part", "status")
 
     def __init__(self) -> None:
         self.status: int | None = None
@@ -33,6 +33,9 @@ class Answer:
         """May the connection take another request after this answer?"""
         self._left = 0
         self._rest = b""
+        self._size_line = b""
+        self._whole_bytes = 0
+        """Of the last read that was one whole chunk: its beginning, and how many bytes it had."""
 
     def feed(self, data: bytes) -> bytes:
         """The bytes of the body among those of one read, joined. Raises BadAnswer.
@@ -41,11 +44,18 @@ class Answer:
         """
         if self._rest:
             data, self._rest = self._rest + data, b""
+        elif (
+            len(data) == self._whole_bytes
+            and self.part == "chunk size"
+            and data.startswith(self._size_line)
+            and data.endswith(b"\r\n")
+        ):
+            # Almost every read of a token stream is one chunk, whole, as long as the one before.
+            return data[len(self._size_line) : -2]
         pieces: list[bytes] = []
         at, size_bytes = 0, len(data)
         while at < size_bytes and self.part != "over":
             if self.part == "chunk size":
-                # Almost every read of a token stream is one chunk, whole.
                 line_end = data.find(b"\r\n", at)
                 try:
                     end = line_end + 2 + int(data[at:line_end], 16)
@@ -53,6 +63,8 @@ class Answer:
                     end = 0
                 if at < line_end < end - 2 and data[end : end + 2] == b"\r\n":
                     pieces.append(data[line_end + 2 : end])
+                    if at == 0 and end + 2 == size_bytes:
+                        self._size_line, self._whole_bytes = data[: line_end + 2], size_bytes
                     at = end + 2
                     continue
             at = self._step(data, at, pieces)

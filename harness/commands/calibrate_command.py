@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 from rich.console import Console
 from rich.markup import escape
 
@@ -39,7 +40,7 @@ def calibrate_command(
     console = Console(stderr=as_json)
     with Display(console, quiet=as_json) as display:
         try:
-            record = asyncio.run(until_terminated(calibrate_server(settings, store, display)))
+            record = uvloop.run(until_terminated(calibrate_server(settings, store, display)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise typer.Exit(INTERRUPT_EXIT) from None
     if as_json:

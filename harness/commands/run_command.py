@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvloop
 from rich.console import Console
 
 from analysis.reports.summary import summary
@@ -41,7 +42,7 @@ def run_command(
     console = Console(stderr=as_json)
     with Display(console, quiet=as_json) as display:
         try:
-            verdict = asyncio.run(until_terminated(run_experiment(settings, store, display, plan)))
+            verdict = uvloop.run(until_terminated(run_experiment(settings, store, display, plan)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise typer.Exit(INTERRUPT_EXIT) from None
     if verdict is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvloop
 from rich.console import Console
 from rich.markup import escape
 
@@ -53,7 +54,7 @@ def search_command(
     console = Console(stderr=as_json)
     with Display(console, quiet=as_json) as display:
         try:
-            result, judged = asyncio.run(
+            result, judged = uvloop.run(
                 until_terminated(
                     search_server(
                         settings,

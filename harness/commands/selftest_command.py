@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Annotated
 
 import typer
+import uvloop
 from rich.console import Console
 
 from harness.machine.machine_limits import MachineLimits, save
@@ -23,7 +23,7 @@ def selftest_command(
     def say(line: str) -> None:
         console.print(f"tried       {line}", highlight=False, markup=False, soft_wrap=True)
 
-    limits = asyncio.run(measure(say))
+    limits = uvloop.run(measure(say))
     path = save(limits)
     if as_json:
         print(json.dumps(limits.to_dict(), indent=2))

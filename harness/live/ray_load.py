@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
 
 from harness.machine.sweep import cluster_arguments, join_cluster, ray_module
@@ -105,7 +106,7 @@ class Sender:
 
     def offer(self, start_ns: int) -> list[RequestRecord]:
         """Records of the slice on this machine's clock, which starts it."""
-        return asyncio.run(offer_slice(self.part, start_ns))
+        return uvloop.run(offer_slice(self.part, start_ns))
 
 
 async def offer_slice(part: Slice, start_ns: int) -> list[RequestRecord]:

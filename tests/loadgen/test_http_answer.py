@@ -70,6 +70,22 @@ def test_a_body_comes_as_soon_as_it_is_there():
     assert answer.part == "chunk"
 
 
+def test_chunks_as_long_as_the_one_before_are_read_as_any_other():
+    answer = Answer()
+    answer.feed(CHUNKED)
+    same = [b"4\r\nab\r\n\r\n", b"4\r\ncd\n\n\r\n", b"4\r\n4\r\n\n\r\n"]
+    assert [answer.feed(read) for read in same] == [b"ab\r\n", b"cd\n\n", b"4\r\n\n"]
+    # As long, of other chunks: two short ones, and one that goes on.
+    assert answer.feed(b"1\r\ne\r\n1\r\n") == b"e"
+    assert answer.feed(b"f\r\n8\r\nghi") == b"fghi"
+    assert answer.feed(b"jklmn\r\n4\r") == b"jklmn"
+    assert answer.feed(b"\nopqr\r\n") == b"opqr"
+    assert answer.feed(same[0]) == b"ab\r\n"
+    assert answer.feed(b"4\r\nabcdef") == b"abcd"
+    with pytest.raises(BadAnswer, match="longer than its size"):
+        answer.feed(b"\r\n")
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
-from generators.schedule import START_S, bodies, drawn, run, write_notes
+import uvloop
+from generators.schedule import START_S, bodies, drawn, write_notes
 
 JSON = {"Content-Type": "application/json"}
 
@@ -48,4 +49,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main())
+    uvloop.run(main())

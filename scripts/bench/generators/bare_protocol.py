@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from generators.schedule import START_S, bodies, drawn, run, write_notes
+import uvloop
+from generators.schedule import START_S, bodies, drawn, write_notes
 
 END = b"\r\n0\r\n\r\n"
 
@@ -96,4 +97,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main())
+    uvloop.run(main())

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from generators.schedule import PROMPT, START_S, bodies, drawn, run
+import uvloop
+from generators.schedule import PROMPT, START_S, bodies, drawn
 from numpy.typing import NDArray
 
 from loadgen.arrivals import schedule_ns
@@ -25,6 +26,8 @@ from loadgen.request_record import RequestRecord
 from loadgen.workers import ready_workers
 
 DRAIN_S = 30.0
+EDGE_S = 0.05
+"""The horizon comes so much after the schedule's end: an arrival right before that is sent too."""
 ROW = struct.Struct("<4q")
 
 
@@ -32,7 +35,13 @@ async def offer(asked: argparse.Namespace) -> None:
     arrival_s, numbers = drawn(asked.rate, asked.seconds, asked.seed, asked.streams)
     requests = bodies(numbers, asked.tokens)
     lengths = np.tile([len(PROMPT), asked.tokens, asked.tokens], (len(arrival_s), 1))
-    schedule = ([f"{asked.url}/v1/completions"], arrival_s, requests, lengths, asked.seconds)
+    schedule = (
+        [f"{asked.url}/v1/completions"],
+        arrival_s,
+        requests,
+        lengths,
+        asked.seconds + EDGE_S,
+    )
     with asked.records.open("wb") as file:
 
         def note(record: RequestRecord) -> None:
@@ -104,7 +113,7 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("tokens", type=int)
     parser.add_argument("records", type=Path)
-    run(offer(parser.parse_args()))
+    uvloop.run(offer(parser.parse_args()))
 
 
 if __name__ == "__main__":

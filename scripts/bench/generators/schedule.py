@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loadgen.arrivals import poisson
 
-UVLOOP = "CRITRATE_BENCH_UVLOOP"
 START_S = 0.05
 """From here to the first arrival's time zero."""
 PROMPT = list(range(10, 26))
 OF_A_STREAM = 10_000_000
 NOTED = np.dtype([("number", "<i8"), ("due_ns", "<i8"), ("sent_ns", "<i8"), ("done_ns", "<i8")])
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """On asyncio's own event loop, or on uvloop where the bench was told so."""
-    if os.environ.get(UVLOOP):
-        import uvloop
-
-        uvloop.run(main)
-    else:
-        asyncio.run(main)
 
 
 def drawn(
