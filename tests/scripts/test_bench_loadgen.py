@@ -112,6 +112,23 @@ def test_critrate_must_also_be_on_time(bench: ModuleType) -> None:
     assert bench.good(bench.Row(client="critrate", send_lag_ms=0.9, **row))
     assert not bench.good(bench.Row(client="critrate", send_lag_ms=1.1, **row))
     assert not bench.good(bench.Row(client="critrate", **row))
+    assert bench.good(bench.Row(client="critrate on aiohttp", send_lag_ms=1.1, **row))
+    assert not bench.good(bench.Row(client="critrate", send_lag_ms=0.9, sink_busy=0.97, **row))
+
+
+def test_of_several_rounds_the_middle_one_is_shown(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrivals = part("at_sink").arrivals(poisson(50.0, 10.0, 1), 50.0)
+    rounds = [
+        bench.Row("a peer", 50.0, 10.0, 1, 1, arrivals=arrivals, tokens_per_s=speed)
+        for speed in (300.0, 100.0, 200.0)
+    ]
+    bench.summary([rounds, []], markdown=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "a peer" in line]) == 1
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells[3] == "200" and cells[-1] == "100, 200, 300"
 
 
 # -- the sink and a client -------------------------------------------------------------------------
@@ -159,7 +176,13 @@ def test_a_client_that_cannot_be_installed_is_listed(
 ) -> None:
     monkeypatch.setenv("CRITRATE_CLIENT_GUIDELLM", "/nowhere/python")
     arguments = argparse.Namespace(
-        rates=[10.0], seconds=0.2, seed=1, tokens=1, interval_ms=2.0, markdown=False
+        rates=[10.0],
+        seconds=0.2,
+        seed=1,
+        tokens=1,
+        interval_ms=2.0,
+        rounds=2,
+        markdown=False,
     )
     bench.limits(machine, ["guidellm"], arguments)
     said = capsys.readouterr().out

@@ -53,7 +53,7 @@ INFERENCE_PERF = "inference-perf --config_file {folder}/config.yml"
 @dataclass(frozen=True)
 class Client:
     """A load generator. ``exact``: it notes the schedule that it drew. ``first_rate``: where the search
-    for its limit begins."""
+    for its limit begins. ``lean``: critrate's own protocol, which is to be on time."""
 
     name: str
     command: str
@@ -61,6 +61,7 @@ class Client:
     package: Package | None = None
     cores: int = 1
     exact: bool = False
+    lean: bool = False
     environ: dict[str, str] = field(default_factory=dict)
 
     def installed(self) -> Environment:
@@ -147,7 +148,9 @@ def inference_perf_config(load: Load) -> dict[str, object]:
 
 
 def own(name: str, script: str, first_rate: float, cores: int = 1) -> Client:
-    return Client(name, OWN.replace("SCRIPT", script), first_rate, cores=cores, exact=True)
+    command = OWN.replace("SCRIPT", script)
+    lean = "lean" in script or "--ray" in script
+    return Client(name, command, first_rate, cores=cores, exact=True, lean=lean)
 
 
 CLIENTS = {
