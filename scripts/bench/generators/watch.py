@@ -16,8 +16,8 @@ CPU_INTERVAL_S = 0.1
 MEMORY_EVERY = 20
 """Reading the memory stops a process for a moment: every two seconds is enough."""
 TREE_EVERY = 5
-LEAST_URGENT = 19
-"""As nice as can be: whoever is watched shares the cores with who watches."""
+LESS_URGENT = 10
+"""Niceness: whoever is watched shares the cores with who watches."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Watch:
         )
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_URGENT)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LESS_URGENT)
         turn, pids = 0, [self.pid]
         while not self._stop.wait(CPU_INTERVAL_S):
             if turn % TREE_EVERY == 0:
