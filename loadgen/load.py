@@ -44,8 +44,6 @@ class Load:
     sent: int = 0
     flying: dict[int, Flight] = field(default_factory=dict)
     """By the id."""
-    ended: set[int] = field(default_factory=set)
-    """Ids that have their record."""
     turn: int = 0
     """The arrival that is sent next."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -176,7 +174,6 @@ class Load:
 
     def _landed(self, record: RequestRecord) -> None:
         del self.flying[record.id]
-        self.ended.add(record.id)
         if self.problem is None:
             # This is called by the event loop, which would only log an exception.
             try:

@@ -86,6 +86,7 @@ class Slice:
     lengths: NDArray[np.int64]
     horizon_s: float
     drain_s: float
+    expected_in_flight: int | None = None
 
 
 class Sender:
@@ -123,6 +124,7 @@ async def offer_slice(part: Slice, start_ns: int) -> list[RequestRecord]:
             start_ns,
             records.append,
             drain_s=part.drain_s,
+            expected_in_flight=part.expected_in_flight,
             ids=part.ids,
         )
     return records
@@ -140,10 +142,12 @@ async def offer_on_cluster(
     on_record: Callable[[RequestRecord], None],
     *,
     drain_s: float = 0.0,
+    expected_in_flight: int | None = None,
 ) -> ClusterLoad:
     """Offer the schedule from ``actors`` actors, spread over the nodes: i mod actors sends request i.
 
-    ``cluster`` as of `harness.machine.sweep.sweep`; the others as of `loadgen.drive.drive`. The records
+    ``cluster`` as of `harness.machine.sweep.sweep`; the others as of `loadgen.drive.drive`
+    (``expected_in_flight`` may all be one actor's). The records
     come when all is over, in the order of their ids, on this process's clock: ``scheduled_ns`` is the
     schedule's own, the others are mapped. Raises ValueError for inputs that do not fit together,
     ModuleNotFoundError without Ray, and what ``on_record`` raised.
@@ -158,6 +162,7 @@ async def offer_on_cluster(
         senders = [kind.remote() for _ in range(actors)]
         parts = slices(actors, headers, urls, arrival_s, bodies, lengths, horizon_s, drain_s)
         for sender, part in zip(senders, parts, strict=True):
+            part = replace(part, expected_in_flight=expected_in_flight)
             await answer(sender.take.remote(part))
         before = [await offset(sender) for sender in senders]
         nodes = [await answer(sender.node.remote()) for sender in senders]

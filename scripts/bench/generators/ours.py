@@ -28,6 +28,8 @@ from loadgen.workers import ready_workers
 DRAIN_S = 30.0
 EDGE_S = 0.05
 """The horizon comes so much after the schedule's end: an arrival right before that is sent too."""
+MOST_OPEN = 16_000
+"""Streams at once: room is made for so many, lest an hour ask for all of its requests' connections."""
 ROW = struct.Struct("<4q")
 
 
@@ -42,6 +44,7 @@ async def offer(asked: argparse.Namespace) -> None:
         lengths,
         asked.seconds + EDGE_S,
     )
+    room = {"drain_s": DRAIN_S, "expected_in_flight": min(len(arrival_s), MOST_OPEN)}
     with asked.records.open("wb") as file:
 
         def note(record: RequestRecord) -> None:
@@ -51,7 +54,7 @@ async def offer(asked: argparse.Namespace) -> None:
 
         if asked.workers > 1:
             async with ready_workers(
-                asked.workers, {"Content-Type": "application/json"}, *schedule, drain_s=DRAIN_S
+                asked.workers, {"Content-Type": "application/json"}, *schedule, **room
             ) as workers:
                 lost = await workers.offer(soon_ns(), note)
             if lost:
@@ -61,7 +64,7 @@ async def offer(asked: argparse.Namespace) -> None:
             from harness.live.ray_load import offer_on_cluster
 
             load = await offer_on_cluster(
-                f"local:{asked.ray}", asked.ray, {}, *schedule, note, drain_s=DRAIN_S
+                f"local:{asked.ray}", asked.ray, {}, *schedule, note, **room
             )
             if load.lost:
                 raise SystemExit("; ".join(load.lost))
@@ -69,7 +72,7 @@ async def offer(asked: argparse.Namespace) -> None:
         elif asked.transport == "lean":
             async with open_session() as session:
                 start_ns = soon_ns()
-                await drive(session, *schedule, start_ns, note, drain_s=DRAIN_S)
+                await drive(session, *schedule, start_ns, note, **room)
         else:
             await on_aiohttp(schedule, note)
 
