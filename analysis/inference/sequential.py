@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from analysis.inference.capacity import kv_work, service_rates
+from analysis.inference.capacity import service_rates
+from analysis.inference.work import kv_work
 from analysis.numbers.estimate import Estimate
 
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.calibration.pace import Pace
-from analysis.inference.capacity import work_of
+from analysis.inference.work import work_of
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.frames import RunFrames
@@ -102,7 +102,7 @@ def variance_ratio(workload: Workload) -> float:
 
 
 def work_demand(workload: Workload, binding: str = "kv_cache") -> NDArray[np.float64]:
-    """Work per support point in the convention of `capacity.work_done`, shape (n,)."""
+    """Work per support point in the convention of `work.work_done`, shape (n,)."""
     prompt, declared, output = (
         np.asarray(column, dtype=float)
         for column in (workload.prompt_tokens, workload.max_tokens, workload.output_tokens)

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.inference.capacity import kv_work
 from analysis.inference.long_run import long_run_mean
+from analysis.inference.work import kv_work
 from analysis.numbers.estimate import Estimate, ratio
 from analysis.numbers.quantiles import normal_quantile
 from analysis.schedulers.step_time import StepTimeFit

@@ -42,7 +42,7 @@ class Totals:
 
     seconds: float
     work: float
-    """KV demand served, token-steps in the convention of `capacity.kv_work`."""
+    """KV demand served, token-steps in the convention of `work.kv_work`."""
     steps: float
     decode_steps: float
     """Steps from one token of a request to its next; fewer where prompts have steps of their own."""

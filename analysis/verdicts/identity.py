@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.inference.capacity import work_done
 from analysis.inference.growth import batch_edges, batch_mean
+from analysis.inference.work import work_done
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.frames import RunFrames
 from analysis.verdicts.audit import STEP_BATCHES, Saturation, counter_at
@@ -45,7 +45,7 @@ class Books:
     edges_s: NDArray[np.float64]
     """Where the parts begin and end, shape (parts + 1,)."""
     work: NDArray[np.float64]
-    """KV demand served, token-steps in the convention of `capacity.kv_work`."""
+    """KV demand served, token-steps in the convention of `work.kv_work`."""
     steps: NDArray[np.float64]
     usage: NDArray[np.float64]
     """Mean share of the pool in use, with what finished requests had returned before the gauge."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.inference.capacity import work_done
+from analysis.inference.work import work_done
 from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.frames import RunFrames
 from analysis.schedulers.simulate import Simulation

@@ -16,13 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.capacity import (
-    Backlog,
-    backlogged_window,
-    completions,
-    work_of,
-    work_served,
-)
+from analysis.inference.capacity import Backlog, backlogged_window, completions, work_served
+from analysis.inference.work import work_of
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.frames import RunFrames
 from analysis.verdicts.audit import KV_BOUND_USAGE, PINNED_SPREAD

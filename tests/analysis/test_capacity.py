@@ -11,12 +11,10 @@ from analysis.inference.capacity import (
     backlogged_window,
     capacity_by_regression,
     completions,
-    decoding_steps,
     hinge,
-    work_done,
-    work_of,
     work_served,
 )
+from analysis.inference.work import decoding_steps, work_done, work_of
 from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.frames import RunFrames, run_frames
 from analysis.schedulers.simulate import simulate

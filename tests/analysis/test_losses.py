@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.inference.capacity import work_done
+from analysis.inference.work import work_done
 from analysis.schedulers.simulate import simulate
 from analysis.slot_models.slots import Load, evenly, run_slots
 from analysis.theory.congestion import worst_loss
