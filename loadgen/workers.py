@@ -137,8 +137,7 @@ async def ready_workers(
             bodies=list(bodies[index::count]),
             lengths=lengths[index::count].tolist(),
             end_ns=round(horizon_s * SECOND_NS),
-            # A slice may have somewhat more than its share at once.
-            expected_in_flight=min(-(-each // count) + round(4 * math.sqrt(each)), len(arrival_s)),
+            expected_in_flight=part_in_flight(each, count, len(arrival_s)),
             drain_s=drain_s,
             timeout_s=timeout_s,
             send_delay_s=send_delay_s,
@@ -154,6 +153,12 @@ async def ready_workers(
         for worker in processes:
             await worker.ready()
         yield Workers(horizon_s, drain_s, processes)
+
+
+def part_in_flight(in_flight: int, parts: int, arrivals: int) -> int:
+    """How many of the requests in flight one part of the schedule may have at once: somewhat more than
+    its share."""
+    return min(-(-in_flight // parts) + round(4 * math.sqrt(in_flight)), arrivals)
 
 
 Offer = Callable[

@@ -103,6 +103,11 @@ async def search_server(
             "load.arrivals: a search changes its rate as it goes, which only Poisson arrivals allow: "
             "remove it, or use `critrate run`"
         )
+    if config.load.cluster is not None:
+        raise ConfigError(
+            "load.cluster: a search decides its load as it goes, in this process: remove it, or use "
+            "`critrate run`"
+        )
     write_inputs(config, store)
     design = design_for(workload, precision, config.theta, *rates, max_duration_s)
     display.phase("starting the server")

@@ -16,6 +16,7 @@ from harness.configs.launch import LaunchConfig
 from harness.configs.mock_config import MockServerConfig, SGLangRulesConfig
 from harness.configs.sections import ConfigError, File, Positive, Section, StepTimeConfig
 from harness.configs.workload_config import WorkloadConfig
+from harness.machine.sweep import cluster_arguments
 from loadgen.processes import Process, Replay, stationary
 from loadgen.prompts import FIRST_ORDINARY_ID
 from loadgen.workload import Workload
@@ -183,6 +184,8 @@ class LoadConfig(Section):
     vocabulary: tuple[Annotated[int, Field(ge=0)], Positive] = (FIRST_ORDINARY_ID, 900)
     workers: Literal["auto"] | Positive = "auto"
     """Processes that offer the load; auto: as many as its streamed tokens take."""
+    cluster: str | None = None
+    """A Ray cluster whose machines offer it, in ``workers`` processes: auto, an address, or local:2."""
     send_delay_ms: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
@@ -190,6 +193,14 @@ class LoadConfig(Section):
         low, high = self.vocabulary
         if high - low < 2:
             raise ValueError(f"vocabulary: [{low}, {high}] holds fewer than two token ids")
+        return self
+
+    @model_validator(mode="after")
+    def _senders_of_the_cluster(self) -> LoadConfig:
+        if self.cluster is not None:
+            if self.workers == "auto":
+                raise ValueError("cluster: `workers` must say how many processes offer the load")
+            cluster_arguments(self.cluster)
         return self
 
     @model_validator(mode="after")
@@ -300,7 +311,8 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _workers_speak_plain_http(self) -> ExperimentConfig:
         urls = () if self.server is None else self.server.running
-        if self.load.workers not in ("auto", 1) and any(url.startswith("https") for url in urls):
+        own = self.load.workers not in ("auto", 1) and self.load.cluster is None
+        if own and any(url.startswith("https") for url in urls):
             raise ValueError("load.workers: several speak plain HTTP alone: leave it out for https")
         return self
 

@@ -30,7 +30,8 @@ from harness.experiments.replicas import at_once, bounding, pooled, predictions_
 from harness.experiments.saturated import calibration_record
 from harness.live.calibrate import Calibration, calibrate
 from harness.live.gpu_choice import engine_gpus, gpu_note
-from harness.live.offer import Stage, most_in_flight, offer
+from harness.live.offer import Stage, most_in_flight, offer, workers_of
+from harness.live.ray_load import ClusterFailed
 from harness.live.sampler import ServerGone
 from harness.live.target import ENGINE_LOG, Target, assumptions, require_fitting, target_servers
 from harness.machine.display import Countdown, Display
@@ -86,7 +87,7 @@ async def run_experiment(
         store.write_json("plan.json", plan.to_dict())
         _announce(claim, plan, display)
         require_distinct_prompts(plan, workload, range(*config.load.vocabulary))
-        display.say(f"note        {reach(plan, workload, claim)}")
+        display.say(f"note        {reach(plan, config, targets, workload, claim)}")
         if plan_only:
             return None
         try:
@@ -99,6 +100,7 @@ async def run_experiment(
             MissingMetric,
             TooFewFileDescriptors,
             WorkerFailed,
+            ClusterFailed,
         ) as error:
             if not store.whole_runs():
                 raise
@@ -262,15 +264,28 @@ def _plan(
     )
 
 
-def reach(plan: Plan, workload: Workload, prediction: Prediction) -> str:
+def reach(
+    plan: Plan,
+    config: ExperimentConfig,
+    targets: Sequence[Target],
+    workload: Workload,
+    prediction: Prediction,
+) -> str:
     """What this machine can offer, in a line. Raises TooFewFileDescriptors and BeyondThisMachine."""
+    if config.load.cluster is not None:
+        return (
+            "the load comes from a cluster, whose machines' limits are not known here: the send lag of "
+            "each run tells"
+        )
     needs = []
+    urls = [one.url for one in targets]
     rate, mean = prediction.critical_rate.value, workload.mean(workload.output_tokens)
     for run in plan.runs:
         arrivals = run.preload + round(run.arrival_rate * run.horizon_s)
         in_flight = most_in_flight(arrivals, run, rate)
         require_file_descriptors(in_flight)
-        needs.append(needs_of(run, mean, rate, in_flight))
+        workers = workers_of(config, urls, workload, run.arrival_rate)
+        needs.append(needs_of(run, mean, rate, in_flight, workers))
     return gate(needs, saved())
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from analysis.schedulers.engine import EngineSample
 from harness.configs.config import ExperimentConfig
+from harness.live.ray_load import Senders, ready_senders
 from harness.live.sampler import SamplerStats, ServerGone, sample_engine
 from harness.live.target import Target
 from harness.machine.display import Countdown, Display
@@ -74,21 +75,43 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
         )
         for prompt, (_, o, declared) in zip(prompts, lengths, strict=True)
     ]
-    ready = ready_load(
-        workers_of(stage, run.arrival_rate),
-        target.session,
-        [f"{one.url}/v1/completions" for one in stage.targets],
-        arrival_s,
-        bodies,
-        lengths,
-        run.horizon_s,
-        send_delay_s=config.load.send_delay_ms / 1e3,
-        expected_in_flight=most_in_flight(len(arrival_s), run, stage.critical_rate),
-    )
-    async with ready as offer_load:
+    urls = [f"{one.url}/v1/completions" for one in stage.targets]
+    schedule = (urls, arrival_s, bodies, lengths, run.horizon_s)
+    workers = workers_of(config, urls, stage.workload, run.arrival_rate)
+    in_flight = most_in_flight(len(arrival_s), run, stage.critical_rate)
+    send_delay_s = config.load.send_delay_ms / 1e3
+    async with contextlib.AsyncExitStack() as stack:
+        senders: Senders | None = None
+        if (cluster := config.load.cluster) is None:
+            ready = ready_load(
+                workers,
+                target.session,
+                *schedule,
+                send_delay_s=send_delay_s,
+                expected_in_flight=in_flight,
+            )
+            offer_load = await stack.enter_async_context(ready)
+        else:
+            stage.display.phase(f"waiting for {workers} senders of the cluster")
+            senders = await stack.enter_async_context(
+                ready_senders(
+                    cluster,
+                    workers,
+                    target.session.headers,
+                    *schedule,
+                    send_delay_s=send_delay_s,
+                    expected_in_flight=in_flight,
+                )
+            )
+            offer_load = senders.offer
         for one in stage.targets:
             await idle(one, stage.display)
-        await _to_the_horizon(stage, run, prediction_digest, countdown, offer_load)
+        try:
+            await _to_the_horizon(stage, run, prediction_digest, countdown, offer_load)
+        finally:
+            if senders is not None and senders.clocks:
+                clocks = {"clocks": [asdict(clock) for clock in senders.clocks]}
+                stage.store.write_json(f"runs/{run.id}/clocks.json", clocks)
 
 
 async def _to_the_horizon(
@@ -135,14 +158,16 @@ async def _to_the_horizon(
         store.end_run(run.id, end_ns, reason, first, stats if len(stats) > 1 else ())
 
 
-def workers_of(stage: Stage, arrival_rate: float) -> int:
+def workers_of(
+    config: ExperimentConfig, urls: Sequence[str], workload: Workload, arrival_rate: float
+) -> int:
     """How many processes offer this load: as the config says, or as its streamed tokens take."""
-    wanted = stage.config.load.workers
+    wanted = config.load.workers
     if wanted != "auto":
         return wanted
-    if not is_plain([one.url for one in stage.targets]):
+    if not is_plain(urls):
         return 1
-    output_tokens = stage.workload.mean(stage.workload.output_tokens)
+    output_tokens = workload.mean(workload.output_tokens)
     return workers_for(arrival_rate * output_tokens, usable_cores())
 
 

@@ -8,9 +8,11 @@ and after it; what lies between is interpolated, and both estimates are kept.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,22 @@ from harness.machine.sweep import cluster_arguments, join_cluster, ray_module
 from loadgen.arrivals import schedule_ns
 from loadgen.client import open_session
 from loadgen.drive import drive, require_schedule
+from loadgen.load import PROGRESS_INTERVAL_S, Progress
+from loadgen.mendable import Mendable
+from loadgen.open_files import require_file_descriptors
 from loadgen.pacing import SECOND_NS
 from loadgen.request_record import RequestRecord
+from loadgen.workers import part_in_flight
 
-EXCHANGES = 100
-START_DELAY_S = 0.5
-"""From handing out the slices to the start: by then each actor waits for it."""
+EXCHANGES = 40
+CALLS_AT_ONCE = 4
+"""Of an actor: its load, and beside that its clock, its state and the word to stop."""
+READY_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+
+
+class ClusterFailed(Mendable):
+    """No load can come from the cluster; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +75,6 @@ class NodeClock:
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterLoad:
-    """``lost``: one sentence for each actor that was; its requests have no record, so that no check of
-    the load finds it whole: the run is invalid."""
-
-    clocks: tuple[NodeClock, ...]
-    lost: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
 class Slice:
     """What one actor sends; the arguments are those of `loadgen.drive.drive`."""
 
@@ -86,11 +86,19 @@ class Slice:
     lengths: NDArray[np.int64]
     horizon_s: float
     drain_s: float
-    expected_in_flight: int | None = None
+    send_delay_s: float
+    expected_in_flight: int | None
 
 
 class Sender:
     """Lives in an actor. Nothing of it is async: Ray would then run it on an event loop of its own."""
+
+    part: Slice
+
+    def __init__(self) -> None:
+        self.at = 0, 0
+        self.stopped = False
+        self.end: Callable[[], object] = lambda: None
 
     def node(self) -> str:
         """The machine's name, as Ray has it."""
@@ -102,35 +110,143 @@ class Sender:
         return time.monotonic_ns()
 
     def take(self, part: Slice) -> None:
-        """Keep the slice until the start."""
+        """Keep the slice until the start. Raises TooFewFileDescriptors."""
+        require_file_descriptors(part.expected_in_flight or len(part.ids))
         self.part = part
 
     def offer(self, start_ns: int) -> list[RequestRecord]:
         """Records of the slice on this machine's clock, which starts it."""
-        return uvloop.run(offer_slice(self.part, start_ns))
+        return uvloop.run(_offered(self, start_ns))
+
+    def state(self) -> tuple[int, int]:
+        """Requests sent and in flight, while `offer` lasts."""
+        return self.at
+
+    def stop(self) -> None:
+        """End the load now: `offer` returns with what there is, requests in flight ``unfinished``."""
+        self.stopped = True
+        self.end()
 
 
-async def offer_slice(part: Slice, start_ns: int) -> list[RequestRecord]:
-    """Drive a slice; its records, on this machine's clock."""
+async def _offered(sender: Sender, start_ns: int) -> list[RequestRecord]:
+    """Drive the slice of a sender until its end, or until it is told to stop."""
+    loop, task, part = asyncio.get_running_loop(), asyncio.current_task(), sender.part
+    assert task is not None
+    sender.end = lambda: loop.call_soon_threadsafe(task.cancel)
     records: list[RequestRecord] = []
+    if sender.stopped:
+        return records
+
+    def note(_: float, sent: int, in_flight: int) -> None:
+        sender.at = sent, in_flight
+
     async with open_session(part.headers) as session:
-        await drive(
-            session,
-            list(part.urls),
-            part.arrival_s,
-            part.bodies,
-            part.lengths,
-            part.horizon_s,
-            start_ns,
-            records.append,
-            drain_s=part.drain_s,
-            expected_in_flight=part.expected_in_flight,
-            ids=part.ids,
-        )
+        with contextlib.suppress(asyncio.CancelledError):
+            await drive(
+                session,
+                list(part.urls),
+                part.arrival_s,
+                part.bodies,
+                part.lengths,
+                part.horizon_s,
+                start_ns,
+                records.append,
+                drain_s=part.drain_s,
+                progress=note,
+                send_delay_s=part.send_delay_s,
+                expected_in_flight=part.expected_in_flight,
+                ids=part.ids,
+            )
     return records
 
 
-async def offer_on_cluster(
+@dataclass(eq=False)
+class Senders:
+    """Actors that hold their slices and wait for the start.
+
+    ``clocks``: what ties each one's clock to this one's, there when `offer` has ended.
+    """
+
+    ray: Any
+    actors: list[Any]
+    nodes: list[str]
+    arrival_s: NDArray[np.float64]
+    clocks: tuple[NodeClock, ...] = ()
+
+    async def offer(
+        self,
+        start_ns: int,
+        on_record: Callable[[RequestRecord], None],
+        progress: Progress | None = None,
+    ) -> tuple[str, ...]:
+        """Offer the schedule from ``start_ns`` of this process's clock on.
+
+        The records come when all is over, in the order of their ids, on this clock: ``scheduled_ns`` is
+        the schedule's own, the others are mapped. Returns a sentence for each actor that was lost; its
+        requests have no record, so that no check of the load finds it whole: the run is invalid. When
+        cancelled, the actors stop, and what they have recorded is handed over first.
+        """
+        before = await asyncio.gather(*map(offset, self.actors))
+        offered = asyncio.gather(
+            *(
+                answer(actor.offer.remote(start_ns + known.offset_ns))
+                for actor, known in zip(self.actors, before, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        watching = asyncio.create_task(self._watch(start_ns, progress))
+        try:
+            found = await asyncio.shield(offered)
+        except asyncio.CancelledError:
+            for actor in self.actors:
+                actor.stop.remote()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._take_in(await offered, before, start_ns, on_record)
+            raise
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        return await self._take_in(found, before, start_ns, on_record)
+
+    async def _take_in(
+        self,
+        found: Sequence[Any],
+        before: Sequence[Offset],
+        start_ns: int,
+        on_record: Callable[[RequestRecord], None],
+    ) -> tuple[str, ...]:
+        clocks, lost, records = [], [], []
+        for index, came in enumerate(found):
+            if isinstance(came, self.ray.exceptions.RayActorError):
+                clocks.append(NodeClock(self.nodes[index], before[index], None))
+                name = f"sender {index + 1} of {len(self.actors)}"
+                lost.append(f"{name} was lost, with all of its records")
+                continue
+            if isinstance(came, BaseException):
+                raise came
+            after = await offset(self.actors[index])
+            clocks.append(NodeClock(self.nodes[index], before[index], after))
+            records += [on_driver_clock(record, clocks[-1]) for record in came]
+        self.clocks = tuple(clocks)
+        due_ns = schedule_ns(self.arrival_s, start_ns)
+        for record in sorted(records, key=lambda record: record.id):
+            on_record(replace(record, scheduled_ns=int(due_ns[record.id])))
+        return tuple(lost)
+
+    async def _watch(self, start_ns: int, progress: Progress | None) -> None:
+        """Say about once a second how far the actors are."""
+        while progress is not None:
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+            asked = (answer(actor.state.remote()) for actor in self.actors)
+            states = await asyncio.gather(*asked, return_exceptions=True)
+            sent, flying = np.sum([s for s in states if isinstance(s, tuple)] or [(0, 0)], axis=0)
+            elapsed_s = (time.monotonic_ns() - start_ns) / SECOND_NS
+            progress(max(elapsed_s, 0.0), int(sent), int(flying))
+
+
+@asynccontextmanager
+async def ready_senders(
     cluster: str,
     actors: int,
     headers: Mapping[str, str],
@@ -139,70 +255,22 @@ async def offer_on_cluster(
     bodies: Sequence[bytes],
     lengths: NDArray[np.int64],
     horizon_s: float,
-    on_record: Callable[[RequestRecord], None],
     *,
     drain_s: float = 0.0,
+    send_delay_s: float = 0.0,
     expected_in_flight: int | None = None,
-) -> ClusterLoad:
-    """Offer the schedule from ``actors`` actors, spread over the nodes: i mod actors sends request i.
+) -> AsyncIterator[Senders]:
+    """``actors`` actors of a Ray cluster with their slices of one schedule, spread over its nodes.
 
-    ``cluster`` as of `harness.machine.sweep.sweep`; the others as of `loadgen.drive.drive`
-    (``expected_in_flight`` may all be one actor's). The records
-    come when all is over, in the order of their ids, on this process's clock: ``scheduled_ns`` is the
-    schedule's own, the others are mapped. Raises ValueError for inputs that do not fit together,
-    ModuleNotFoundError without Ray, and what ``on_record`` raised.
+    Request i is sent by actor i mod ``actors``. ``cluster`` as of `harness.machine.sweep.sweep`; the
+    others as of `loadgen.drive.drive`. Raises ValueError for inputs that do not fit together,
+    ClusterFailed, and TooFewFileDescriptors of a node.
     """
     require_schedule(arrival_s, bodies, lengths, horizon_s)
     if actors < 1:
         raise ValueError(f"{actors} actors: at least one must send")
-    ray, arguments = ray_module(), cluster_arguments(cluster)
-    try:
-        await asyncio.to_thread(join_cluster, ray, arguments)
-        kind = ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")(Sender)
-        senders = [kind.remote() for _ in range(actors)]
-        parts = slices(actors, headers, urls, arrival_s, bodies, lengths, horizon_s, drain_s)
-        for sender, part in zip(senders, parts, strict=True):
-            part = replace(part, expected_in_flight=expected_in_flight)
-            await answer(sender.take.remote(part))
-        before = [await offset(sender) for sender in senders]
-        nodes = [await answer(sender.node.remote()) for sender in senders]
-        start_ns = time.monotonic_ns() + round(START_DELAY_S * SECOND_NS)
-        offered = [
-            answer(sender.offer.remote(start_ns + known.offset_ns))
-            for sender, known in zip(senders, before, strict=True)
-        ]
-        found = await asyncio.gather(*offered, return_exceptions=True)
-        clocks, lost, records = [], [], []
-        for index, came in enumerate(found):
-            if isinstance(came, ray.exceptions.RayActorError):
-                clocks.append(NodeClock(nodes[index], before[index], None))
-                lost.append(f"sender {index + 1} of {actors} was lost, with all of its records")
-                continue
-            if isinstance(came, BaseException):
-                raise came
-            clock = NodeClock(nodes[index], before[index], await offset(senders[index]))
-            clocks.append(clock)
-            records += [on_driver_clock(record, clock) for record in came]
-    finally:
-        await asyncio.to_thread(ray.shutdown)
-    due_ns = schedule_ns(arrival_s, start_ns)
-    for record in sorted(records, key=lambda record: record.id):
-        on_record(replace(record, scheduled_ns=int(due_ns[record.id])))
-    return ClusterLoad(tuple(clocks), tuple(lost))
-
-
-def slices(
-    actors: int,
-    headers: Mapping[str, str],
-    urls: Sequence[str],
-    arrival_s: NDArray[np.float64],
-    bodies: Sequence[bytes],
-    lengths: NDArray[np.int64],
-    horizon_s: float,
-    drain_s: float,
-) -> list[Slice]:
-    """The schedule dealt out: together the slices are it, one for one."""
-    return [
+    each = len(arrival_s) if expected_in_flight is None else expected_in_flight
+    parts = [
         Slice(
             ids=range(index, len(arrival_s), actors),
             urls=tuple(urls),
@@ -212,9 +280,35 @@ def slices(
             lengths=lengths[index::actors],
             horizon_s=horizon_s,
             drain_s=drain_s,
+            send_delay_s=send_delay_s,
+            expected_in_flight=part_in_flight(each, actors, len(arrival_s)),
         )
         for index in range(actors)
     ]
+    try:
+        ray = ray_module()
+        await asyncio.to_thread(join_cluster, ray, cluster_arguments(cluster))
+    except (ModuleNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterFailed(f"load.cluster {cluster}: {error}") from error
+    try:
+        options = {"num_cpus": 1, "max_restarts": 0, "max_concurrency": CALLS_AT_ONCE}
+        kind = ray.remote(**options, scheduling_strategy="SPREAD")(Sender)
+        senders = [kind.remote() for _ in range(actors)]
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                for sender, part in zip(senders, parts, strict=True):
+                    await answer(sender.take.remote(part))
+                nodes = [await answer(sender.node.remote()) for sender in senders]
+        except TimeoutError as error:
+            raise ClusterFailed(
+                f"load.cluster {cluster}: {actors} senders were not ready within "
+                f"{READY_TIMEOUT_S:.0f} s: each needs a free CPU of the cluster"
+            ) from error
+        except ray.exceptions.RayActorError as error:
+            raise ClusterFailed(f"load.cluster {cluster}: {error}") from error
+        yield Senders(ray, senders, nodes, arrival_s)
+    finally:
+        await asyncio.to_thread(ray.shutdown)
 
 
 def on_driver_clock(record: RequestRecord, clock: NodeClock) -> RequestRecord:

@@ -52,14 +52,20 @@ class Needs:
     requests_per_s: float
     tokens_per_s: float
     streams: int
+    workers: int = 1
+    """Processes that the load is dealt to."""
 
 
 def needs_of(
-    run: Run, mean_output_tokens: float, critical_rate: float, most_in_flight: int
+    run: Run,
+    mean_output_tokens: float,
+    critical_rate: float,
+    most_in_flight: int,
+    workers: int = 1,
 ) -> Needs:
     """Of one run: a server streams no faster than its critical rate, whatever is offered."""
     served = min(run.arrival_rate, critical_rate)
-    return Needs(run.arrival_rate, served * mean_output_tokens, most_in_flight)
+    return Needs(run.arrival_rate, served * mean_output_tokens, most_in_flight, workers)
 
 
 # ---- what was measured before
@@ -105,11 +111,11 @@ def saved() -> MachineLimits | None:
 # ---- the gate
 
 
-def gate(needs: Sequence[Needs], limits: MachineLimits | None, workers: int = 1) -> str:
+def gate(needs: Sequence[Needs], limits: MachineLimits | None) -> str:
     """One line that says by what the runs were held to be within reach of this machine.
 
-    ``workers``: processes that the load is dealt to; rates are held to that many times one's. Raises
-    BeyondThisMachine when a run asks for more.
+    A load that is dealt to several processes is held to that many times what one reached, as far as
+    there are cores for them. Raises BeyondThisMachine when a run asks for more.
     """
     if limits is None:
         return (
@@ -117,6 +123,7 @@ def gate(needs: Sequence[Needs], limits: MachineLimits | None, workers: int = 1)
             "until then only the send lag of each run tells"
         )
     for need in needs:
+        workers = min(need.workers, limits.machine["cores"])
         for what, wanted, most in (
             ("requests/s", need.requests_per_s, workers * limits.requests_per_s),
             ("streamed tokens/s", need.tokens_per_s, workers * limits.tokens_per_s),

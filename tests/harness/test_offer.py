@@ -15,6 +15,7 @@ from analysis.schedulers.engine import EngineLimits, EngineSample
 from harness.configs.config import ExperimentConfig
 from harness.live import offer as offers
 from harness.live.offer import SPARE_IN_FLIGHT, Stage, most_in_flight, offer, workers_of
+from harness.live.ray_load import NodeClock, Offset
 from harness.live.sampler import SamplerStats, ServerGone
 from harness.live.target import Target
 from harness.machine.display import Countdown, Display
@@ -72,9 +73,7 @@ def test_processes_are_as_many_as_stated_or_as_the_tokens_take(
             "load": {"workers": workers},
         }
     )
-    target: Any = SimpleNamespace(url=url)
-    stage: Any = SimpleNamespace(config=config, targets=(target,), workload=config.law())
-    assert workers_of(stage, rate) == expected
+    assert workers_of(config, [url], config.law(), rate) == expected
 
 
 def test_several_processes_do_not_go_with_tls() -> None:
@@ -83,6 +82,23 @@ def test_several_processes_do_not_go_with_tls() -> None:
     given = {"name": "x", "server": server, "workload": workload, "load": {"workers": 2}}
     with pytest.raises(ValueError, match="plain HTTP alone"):
         ExperimentConfig.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        ({"cluster": "auto"}, "`workers` must say how many"),
+        ({"cluster": "local:two", "workers": 2}, "say how many workers"),
+    ],
+)
+def test_a_cluster_must_say_how_many_senders(load: dict[str, Any], words: str) -> None:
+    server, workload = {"url": "https://a"}, {"fixed": {"prompt": 8, "output": 8}}
+    given = {"name": "x", "server": server, "workload": workload, "load": load}
+    with pytest.raises(ValueError, match=words):
+        ExperimentConfig.model_validate(given)
+    # Machines of a cluster speak TLS too.
+    given["load"] = {"cluster": "local:2", "workers": 2}
+    assert ExperimentConfig.model_validate(given).load.workers == 2
 
 
 def test_what_the_sampler_saw_is_kept_when_the_server_is_gone(
@@ -163,7 +179,38 @@ def test_each_of_several_servers_has_a_stream_and_every_other_request(
     assert [stats["ticks"] for stats in stored.end["samplers"]] == [1, 2]
 
 
-def offered(store: Store, servers: int) -> None:
+def test_a_cluster_takes_the_place_of_this_machine_and_its_clocks_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    clock = NodeClock("a-node", Offset(1, 2, 3), Offset(4, 5, 6))
+
+    @contextlib.asynccontextmanager
+    async def ready(*given: Any, **_: Any) -> AsyncIterator[Any]:
+        asked.extend(given[:2])
+
+        async def load(*_: Any) -> tuple[str, ...]:
+            return ()
+
+        yield SimpleNamespace(offer=load, clocks=(clock,))
+
+    async def seen(*given: Any, **_: Any) -> None:
+        await given[4].wait()
+
+    async def at_once(*_: Any) -> None:
+        return None
+
+    for name, made in (("sample_engine", seen), ("ready_senders", ready), ("idle", at_once)):
+        monkeypatch.setattr(offers, name, made)
+    store = Store.create(tmp_path / "out")
+    offered(store, 1, cluster="local:2", workers=2)
+    assert asked == ["local:2", 2]
+    (kept,) = store.read_json("runs/00-1.00/clocks.json")["clocks"]
+    assert kept["node"] == "a-node"
+    assert kept["after"] == {"at_ns": 4, "offset_ns": 5, "error_ns": 6}
+
+
+def offered(store: Store, servers: int, **load: Any) -> None:
     """Offer a minute's run to servers that nobody answers for."""
     mock = {"num_blocks": 64, "block_size": 16, "step_time": {"b0_ms": 1}}
     config = ExperimentConfig.model_validate(
@@ -171,6 +218,7 @@ def offered(store: Store, servers: int) -> None:
             "name": "x",
             "server": {"mock": mock},
             "workload": {"fixed": {"prompt": 8, "output": 8}},
+            "load": load,
         }
     )
     shown = ServerLimits(

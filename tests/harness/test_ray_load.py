@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.live.ray_load import (
+    ClusterFailed,
     NodeClock,
     Offset,
     best,
-    offer_on_cluster,
     on_driver_clock,
-    slices,
+    ready_senders,
 )
 from harness.machine.selftest import sinks
 from loadgen.request_record import RequestRecord
@@ -70,11 +72,19 @@ def test_a_record_keeps_what_did_not_happen() -> None:
 
 
 @pytest.mark.parametrize("actors", [1, 2, 3, 7])
-def test_the_slices_together_are_the_schedule(actors: int) -> None:
+def test_the_slices_together_are_the_schedule(actors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arrival_s = np.arange(10) / 10
     bodies = [b"%d" % index for index in range(10)]
     lengths = np.arange(30).reshape(10, 3)
-    parts = slices(actors, {}, ["http://a"], arrival_s, bodies, lengths, 1.0, 0.0)
+    ray = stand_in(monkeypatch)
+
+    async def made() -> None:
+        schedule = (["http://a"], arrival_s, bodies, lengths, 1.0)
+        async with ready_senders("local:2", actors, {}, *schedule):
+            pass
+
+    asyncio.run(made())
+    parts = [sender.part for sender in ray.senders]
     rows = [
         (id, float(arrival), body, tuple(length))
         for part in parts
@@ -87,22 +97,62 @@ def test_the_slices_together_are_the_schedule(actors: int) -> None:
 
 
 def test_what_comes_back_is_the_schedule_on_this_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    records, load = offered(monkeypatch, lose=None)
+    records, lost, clocks, _ = offered(monkeypatch)
     assert [record.id for record in records] == list(range(6))
     assert {record.outcome for record in records} == {"completed"}
     assert all((record.sent_ns or 0) > record.scheduled_ns - 10**7 for record in records)
-    assert load.lost == () and len(load.clocks) == 2
+    assert lost == () and len(clocks) == 2
     # The stand-in's actors have this very clock.
-    assert all(abs(clock.before.offset_ns) <= clock.before.error_ns for clock in load.clocks)
+    assert all(abs(clock.before.offset_ns) <= clock.before.error_ns for clock in clocks)
 
 
 def test_a_lost_actor_is_said_and_its_requests_have_no_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    records, load = offered(monkeypatch, lose=1)
+    records, lost, clocks, _ = offered(monkeypatch, lose=1)
     assert [record.id for record in records] == [0, 2, 4]
-    assert load.lost == ("sender 2 of 2 was lost, with all of its records",)
-    assert load.clocks[1].after is None
+    assert lost == ("sender 2 of 2 was lost, with all of its records",)
+    assert clocks[1].after is None
+
+
+def test_how_far_the_actors_are_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadgen.load.PROGRESS_INTERVAL_S", 0.02)
+    monkeypatch.setattr("harness.live.ray_load.PROGRESS_INTERVAL_S", 0.02)
+    *_, said = offered(monkeypatch)
+    elapsed_s, sent, in_flight = said[-1]
+    assert sent == 6 and 0 <= in_flight <= 6 and elapsed_s > 0.0
+
+
+def test_a_load_that_is_stopped_hands_over_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, *_ = offered(monkeypatch, tokens=5000, stop_after_s=0.4)
+    assert [record.id for record in records] == list(range(6))
+    assert {record.outcome for record in records} == {"unfinished"}
+
+
+def test_a_cluster_that_cannot_be_had_is_an_error_that_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = stand_in(monkeypatch)
+
+    def nobody(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "init", nobody)
+
+    async def made(cluster: str) -> None:
+        schedule = (["http://a"], np.arange(2.0), [b""] * 2, np.ones((2, 3), int), 2.0)
+        async with ready_senders(cluster, 1, {}, *schedule):
+            pass
+
+    with pytest.raises(ClusterFailed, match=r"load.cluster auto: Could not find any running Ray"):
+        asyncio.run(made("auto"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterFailed, match="not installed"):
+        asyncio.run(made("local:2"))
+    stand_in(monkeypatch, busy=True)
+    monkeypatch.setattr("harness.live.ray_load.READY_TIMEOUT_S", 0.05)
+    with pytest.raises(ClusterFailed, match="each needs a free CPU"):
+        asyncio.run(made("local:2"))
 
 
 # -- a stand-in for Ray: its actors are threads ----------------------------------------------------
@@ -113,14 +163,15 @@ class ActorDied(Exception):
 
 
 class StandInRay:
-    """Just what offer_on_cluster asks of Ray; the actor number ``lose`` dies when it is to offer."""
+    """Just what ready_senders asks of Ray; the actor number ``lose`` dies when it is to offer."""
 
     exceptions = SimpleNamespace(RayActorError=ActorDied)
 
-    def __init__(self, lose: int | None) -> None:
+    def __init__(self, lose: int | None, busy: bool) -> None:
         self.lose = lose
-        self.made = 0
-        self.pool = ThreadPoolExecutor(8)
+        self.busy = busy
+        self.senders: list[Any] = []
+        self.pool = ThreadPoolExecutor(16)
 
     def init(self, **arguments: Any) -> None:
         pass
@@ -135,14 +186,16 @@ class StandInRay:
         return lambda kind: SimpleNamespace(remote=lambda: self.actor(kind()))
 
     def actor(self, sender: Any) -> Any:
-        dies = self.made == self.lose
-        self.made += 1
+        dies = len(self.senders) == self.lose
+        self.senders.append(sender)
 
         def die(*arguments: object) -> None:
             raise ActorDied
 
         def call(name: str) -> Any:
             function = die if dies and name == "offer" else getattr(sender, name)
+            if self.busy:
+                return SimpleNamespace(remote=lambda *_: SimpleNamespace(future=Future))
 
             def remote(*arguments: object) -> Any:
                 future = self.pool.submit(function, *arguments)
@@ -150,32 +203,55 @@ class StandInRay:
 
             return SimpleNamespace(remote=remote)
 
-        return SimpleNamespace(**{n: call(n) for n in ("node", "clock_ns", "take", "offer")})
+        names = ("node", "clock_ns", "take", "offer", "state", "stop")
+        return SimpleNamespace(**{name: call(name) for name in names})
 
 
-def offered(monkeypatch: pytest.MonkeyPatch, lose: int | None) -> tuple[list[RequestRecord], Any]:
-    monkeypatch.setitem(sys.modules, "ray", StandInRay(lose))  # type: ignore[arg-type]
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, lose: int | None = None, busy: bool = False
+) -> StandInRay:
+    ray = StandInRay(lose, busy)
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
     monkeypatch.setattr("harness.live.ray_load.EXCHANGES", 5)
-    monkeypatch.setattr("harness.live.ray_load.START_DELAY_S", 0.05)
-    body = json.dumps({"max_tokens": 2, "prompt": [1], "stream": True}).encode()
+    return ray
+
+
+def offered(
+    monkeypatch: pytest.MonkeyPatch,
+    lose: int | None = None,
+    tokens: int = 2,
+    stop_after_s: float | None = None,
+) -> tuple[list[RequestRecord], tuple[str, ...], tuple[NodeClock, ...], list[Any]]:
+    """Six requests from two actors: the records, who was lost, the clocks, and what was said."""
+    stand_in(monkeypatch, lose)
+    body = json.dumps({"max_tokens": tokens, "prompt": [1], "stream": True}).encode()
     records: list[RequestRecord] = []
+    said: list[Any] = []
 
     async def run() -> Any:
         async with sinks(1.0) as urls:
-            return await offer_on_cluster(
-                "local:2",
-                2,
-                {},
+            schedule = (
                 [f"{url}/v1/completions" for url in urls],
                 np.arange(6) / 50,
                 [body] * 6,
-                np.full((6, 3), [1, 2, 2]),
+                np.full((6, 3), [1, tokens, tokens]),
                 0.2,
-                records.append,
-                drain_s=5.0,
             )
+            async with ready_senders("local:2", 2, {}, *schedule, drain_s=5.0) as senders:
+                start_ns = time.monotonic_ns() + SECOND_NS // 20
+                load = asyncio.ensure_future(
+                    senders.offer(start_ns, records.append, lambda *given: said.append(given))
+                )
+                if stop_after_s is not None:
+                    await asyncio.sleep(stop_after_s)
+                    load.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await load
+                    return (), senders.clocks
+                return await load, senders.clocks
 
-    return records, asyncio.run(run())
+    lost, clocks = asyncio.run(run())
+    return records, lost, clocks, said
 
 
 def record_of(id: int, sent_ns: int | None) -> RequestRecord:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.configs.config import ExperimentConfig
 from harness.experiments.experiment import reach
 from harness.machine.machine_limits import (
     BeyondThisMachine,
@@ -82,10 +83,14 @@ def test_a_plan_beyond_reach_is_refused_with_the_figures_and_the_mend(
 
 
 def test_several_workers_are_held_to_that_many_times_one() -> None:
-    more = replace(WITHIN, requests_per_s=1900.0)
-    assert gate([more], LIMITS, workers=2)
+    limits = replace(LIMITS, machine={**LIMITS.machine, "cores": 2})
+    more = replace(WITHIN, requests_per_s=1900.0, workers=2)
+    assert gate([more], limits)
     with pytest.raises(BeyondThisMachine, match="reached 2000"):
-        gate([replace(more, requests_per_s=2001.0)], LIMITS, workers=2)
+        gate([replace(more, requests_per_s=2001.0)], limits)
+    # A third one has no core of its own.
+    with pytest.raises(BeyondThisMachine, match="reached 2000"):
+        gate([replace(more, requests_per_s=2001.0, workers=3)], limits)
 
 
 def test_streams_that_met_no_limit_are_none() -> None:
@@ -104,17 +109,35 @@ def test_a_server_streams_no_faster_than_its_critical_rate(
     assert needs_of(run, 10.0, 10.0, 7) == Needs(rate, tokens_per_s, 7)
 
 
-def test_an_experiment_asks_before_its_load() -> None:
+def test_an_experiment_asks_before_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(id="000", arrival_rate=20.0, horizon_s=10.0, warmup_s=0.0, seed=1)
     plan: Any = SimpleNamespace(runs=(run,))
     prediction: Any = SimpleNamespace(critical_rate=SimpleNamespace(value=10.0))
     workload = fixed(8, 100)
-    assert "nobody has measured" in reach(plan, workload, prediction)
+    targets: Any = [SimpleNamespace(url="http://a")]
+
+    def asked(**load: Any) -> str:
+        config = ExperimentConfig.model_validate(
+            {
+                "name": "x",
+                "server": {"url": "http://a"},
+                "workload": {"fixed": {"prompt": 8, "output": 100}},
+                "load": load,
+            }
+        )
+        return reach(plan, config, targets, workload, prediction)
+
+    assert "nobody has measured" in asked()
     save(replace(LIMITS, tokens_per_s=1001.0))
-    assert "1001 streamed tokens/s" in reach(plan, workload, prediction)
-    save(replace(LIMITS, tokens_per_s=999.0))
+    assert "1001 streamed tokens/s" in asked()
+    slow = {**LIMITS.machine, "cores": 2}
+    monkeypatch.setattr("harness.machine.machine_limits.machine", lambda: slow)
+    save(replace(LIMITS, machine=slow, tokens_per_s=999.0))
     with pytest.raises(BeyondThisMachine, match=r"1000 streamed tokens/s .* reached 999"):
-        reach(plan, workload, prediction)
+        asked()
+    # Two processes can; machines of a cluster nobody has asked.
+    assert "999 streamed tokens/s a process" in asked(workers=2)
+    assert "not known here" in asked(workers=2, cluster="auto")
 
 
 def test_what_was_kept_is_read_on_the_same_machine_alone() -> None:

@@ -28,6 +28,8 @@ from loadgen.workers import ready_workers
 DRAIN_S = 30.0
 EDGE_S = 0.05
 """The horizon comes so much after the schedule's end: an arrival right before that is sent too."""
+RAY_START_S = 0.5
+"""Until then the actors' clocks have been compared."""
 MOST_OPEN = 16_000
 """Streams at once: room is made for so many, lest an hour ask for all of its requests' connections."""
 ROW = struct.Struct("<4q")
@@ -61,14 +63,15 @@ async def offer(asked: argparse.Namespace) -> None:
                 raise SystemExit("; ".join(lost))
         elif asked.ray:
             # Not at the top: the others' time to the first request is measured.
-            from harness.live.ray_load import offer_on_cluster
+            from harness.live.ray_load import ready_senders
 
-            load = await offer_on_cluster(
-                f"local:{asked.ray}", asked.ray, {}, *schedule, note, **room
-            )
-            if load.lost:
-                raise SystemExit("; ".join(load.lost))
-            print(*load.clocks, sep="\n")
+            async with ready_senders(
+                f"local:{asked.ray}", asked.ray, {}, *schedule, **room
+            ) as senders:
+                lost = await senders.offer(soon_ns(RAY_START_S), note)
+            if lost:
+                raise SystemExit("; ".join(lost))
+            print(*senders.clocks, sep="\n")
         elif asked.transport == "lean":
             async with open_session() as session:
                 start_ns = soon_ns()
@@ -100,8 +103,8 @@ async def on_aiohttp(
             await load.offer(DRAIN_S, None)
 
 
-def soon_ns() -> int:
-    return time.monotonic_ns() + round(START_S * SECOND_NS)
+def soon_ns(seconds: float = START_S) -> int:
+    return time.monotonic_ns() + round(seconds * SECOND_NS)
 
 
 def main() -> None:
