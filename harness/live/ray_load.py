@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -171,6 +173,7 @@ class Senders:
     actors: list[Any]
     nodes: list[str]
     arrival_s: NDArray[np.float64]
+    lengths: NDArray[np.int64]
     clocks: tuple[NodeClock, ...] = ()
 
     async def offer(
@@ -184,7 +187,8 @@ class Senders:
         The records come when all is over, in the order of their ids, on this clock: ``scheduled_ns`` is
         the schedule's own, the others are mapped. Returns a sentence for each actor that was lost; its
         requests have no record, so that no check of the load finds it whole: the run is invalid. When
-        cancelled, the actors stop, and what they have recorded is handed over first.
+        cancelled, the actors stop, and what they have recorded is handed over first; what fell due since
+        then is ``unfinished``.
         """
         before = await asyncio.gather(*map(offset, self.actors))
         offered = asyncio.gather(
@@ -216,7 +220,7 @@ class Senders:
         start_ns: int,
         on_record: Callable[[RequestRecord], None],
     ) -> tuple[str, ...]:
-        clocks, lost, records = [], [], []
+        clocks, lost, records, alive = [], [], [], []
         for index, came in enumerate(found):
             if isinstance(came, self.ray.exceptions.RayActorError):
                 clocks.append(NodeClock(self.nodes[index], before[index], None))
@@ -228,11 +232,32 @@ class Senders:
             after = await offset(self.actors[index])
             clocks.append(NodeClock(self.nodes[index], before[index], after))
             records += [on_driver_clock(record, clocks[-1]) for record in came]
+            alive.append(index)
         self.clocks = tuple(clocks)
         due_ns = schedule_ns(self.arrival_s, start_ns)
+        known = {record.id for record in records}
+        for id in range(int(np.searchsorted(due_ns, time.monotonic_ns()))):
+            if id not in known and id % len(self.actors) in alive:
+                records.append(self._unsent(id))
         for record in sorted(records, key=lambda record: record.id):
             on_record(replace(record, scheduled_ns=int(due_ns[record.id])))
         return tuple(lost)
+
+    def _unsent(self, id: int) -> RequestRecord:
+        prompt, output, declared = map(int, self.lengths[id])
+        return RequestRecord(
+            id=id,
+            scheduled_ns=0,
+            sent_ns=None,
+            first_token_ns=None,
+            last_token_ns=None,
+            prompt_tokens=prompt,
+            output_tokens_designed=output,
+            max_tokens=declared,
+            output_tokens=0,
+            prompt_tokens_reported=None,
+            outcome="unfinished",
+        )
 
     async def _watch(self, start_ns: int, progress: Progress | None) -> None:
         """Say about once a second how far the actors are."""
@@ -290,6 +315,9 @@ async def ready_senders(
         await asyncio.to_thread(join_cluster, ray, cluster_arguments(cluster))
     except (ModuleNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterFailed(f"load.cluster {cluster}: {error}") from error
+    # Ray puts a handler of its own beneath Python's, which aborts the process three seconds later.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         options = {"num_cpus": 1, "max_restarts": 0, "max_concurrency": CALLS_AT_ONCE}
         kind = ray.remote(**options, scheduling_strategy="SPREAD")(Sender)
@@ -306,7 +334,7 @@ async def ready_senders(
             ) from error
         except ray.exceptions.RayActorError as error:
             raise ClusterFailed(f"load.cluster {cluster}: {error}") from error
-        yield Senders(ray, senders, nodes, arrival_s)
+        yield Senders(ray, senders, nodes, arrival_s, lengths)
     finally:
         await asyncio.to_thread(ray.shutdown)
 
