@@ -107,7 +107,7 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
         for one in stage.targets:
             await idle(one, stage.display)
         try:
-            await _to_the_horizon(stage, run, prediction_digest, countdown, offer_load)
+            await _to_the_horizon(stage, run, prediction_digest, countdown, offer_load, senders)
         finally:
             if senders is not None and senders.clocks:
                 clocks = {"clocks": [asdict(clock) for clock in senders.clocks]}
@@ -115,7 +115,12 @@ async def offer(stage: Stage, run: Run, prediction_digest: str, countdown: Count
 
 
 async def _to_the_horizon(
-    stage: Stage, run: Run, prediction_digest: str, countdown: Countdown, offer_load: Offer
+    stage: Stage,
+    run: Run,
+    prediction_digest: str,
+    countdown: Countdown,
+    offer_load: Offer,
+    senders: Senders | None,
 ) -> None:
     store = stage.store
     start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
@@ -142,7 +147,9 @@ async def _to_the_horizon(
             finally:
                 loading.cancel()
                 results = await asyncio.gather(loading, return_exceptions=True)
-                end_ns = time.monotonic_ns()
+                # A cluster takes a moment to stop: what is due meanwhile is nobody's.
+                stopped_ns = None if senders is None else senders.stopped_ns
+                end_ns = stopped_ns or time.monotonic_ns()
             if isinstance(results[0], Exception):
                 raise results[0]
             if isinstance(results[0], tuple):

@@ -173,7 +173,8 @@ class Senders:
     actors: list[Any]
     nodes: list[str]
     arrival_s: NDArray[np.float64]
-    lengths: NDArray[np.int64]
+    stopped_ns: int | None = None
+    """When `offer` was cancelled: nothing that is due later has a record."""
     clocks: tuple[NodeClock, ...] = ()
 
     async def offer(
@@ -187,8 +188,7 @@ class Senders:
         The records come when all is over, in the order of their ids, on this clock: ``scheduled_ns`` is
         the schedule's own, the others are mapped. Returns a sentence for each actor that was lost; its
         requests have no record, so that no check of the load finds it whole: the run is invalid. When
-        cancelled, the actors stop, and what they have recorded is handed over first; what fell due since
-        then is ``unfinished``.
+        cancelled, the actors stop, and what they have recorded is handed over first.
         """
         before = await asyncio.gather(*map(offset, self.actors))
         offered = asyncio.gather(
@@ -202,6 +202,7 @@ class Senders:
         try:
             found = await asyncio.shield(offered)
         except asyncio.CancelledError:
+            self.stopped_ns = time.monotonic_ns()
             for actor in self.actors:
                 actor.stop.remote()
             with contextlib.suppress(TimeoutError):
@@ -220,7 +221,7 @@ class Senders:
         start_ns: int,
         on_record: Callable[[RequestRecord], None],
     ) -> tuple[str, ...]:
-        clocks, lost, records, alive = [], [], [], []
+        clocks, lost, records = [], [], []
         for index, came in enumerate(found):
             if isinstance(came, self.ray.exceptions.RayActorError):
                 clocks.append(NodeClock(self.nodes[index], before[index], None))
@@ -232,32 +233,12 @@ class Senders:
             after = await offset(self.actors[index])
             clocks.append(NodeClock(self.nodes[index], before[index], after))
             records += [on_driver_clock(record, clocks[-1]) for record in came]
-            alive.append(index)
         self.clocks = tuple(clocks)
         due_ns = schedule_ns(self.arrival_s, start_ns)
-        known = {record.id for record in records}
-        for id in range(int(np.searchsorted(due_ns, time.monotonic_ns()))):
-            if id not in known and id % len(self.actors) in alive:
-                records.append(self._unsent(id))
         for record in sorted(records, key=lambda record: record.id):
-            on_record(replace(record, scheduled_ns=int(due_ns[record.id])))
+            if self.stopped_ns is None or due_ns[record.id] < self.stopped_ns:
+                on_record(replace(record, scheduled_ns=int(due_ns[record.id])))
         return tuple(lost)
-
-    def _unsent(self, id: int) -> RequestRecord:
-        prompt, output, declared = map(int, self.lengths[id])
-        return RequestRecord(
-            id=id,
-            scheduled_ns=0,
-            sent_ns=None,
-            first_token_ns=None,
-            last_token_ns=None,
-            prompt_tokens=prompt,
-            output_tokens_designed=output,
-            max_tokens=declared,
-            output_tokens=0,
-            prompt_tokens_reported=None,
-            outcome="unfinished",
-        )
 
     async def _watch(self, start_ns: int, progress: Progress | None) -> None:
         """Say about once a second how far the actors are."""
@@ -334,7 +315,7 @@ async def ready_senders(
             ) from error
         except ray.exceptions.RayActorError as error:
             raise ClusterFailed(f"load.cluster {cluster}: {error}") from error
-        yield Senders(ray, senders, nodes, arrival_s, lengths)
+        yield Senders(ray, senders, nodes, arrival_s)
     finally:
         await asyncio.to_thread(ray.shutdown)
 

@@ -192,7 +192,7 @@ def test_a_cluster_takes_the_place_of_this_machine_and_its_clocks_are_kept(
         async def load(*_: Any) -> tuple[str, ...]:
             return ()
 
-        yield SimpleNamespace(offer=load, clocks=(clock,))
+        yield SimpleNamespace(offer=load, clocks=(clock,), stopped_ns=None)
 
     async def seen(*given: Any, **_: Any) -> None:
         await given[4].wait()

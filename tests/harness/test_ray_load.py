@@ -127,10 +127,8 @@ def test_a_load_that_is_stopped_hands_over_what_there_is(monkeypatch: pytest.Mon
     records, *_ = offered(monkeypatch, tokens=5000, stop_after_s=0.4)
     assert [record.id for record in records] == list(range(6))
     assert {record.outcome for record in records} == {"unfinished"}
-    # Stopped before half of them were due: those that are since then are there all the same.
     early, *_ = offered(monkeypatch, tokens=5000, stop_after_s=0.11)
     assert [record.id for record in early] == list(range(len(early)))
-    assert len(early) < 6 or early[-1].sent_ns is None
 
 
 def test_a_cluster_that_cannot_be_had_is_an_error_that_says_why(
