@@ -11,7 +11,7 @@ import asyncio
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -32,23 +32,32 @@ from loadgen.pacing import SECOND_NS, Alarm
 from loadgen.request_record import Outcome, RequestRecord
 
 SWEEP_INTERVAL_S = 1.0
-READY_CONNECTIONS = 8
-"""Open ahead of requests: to be connected takes 0.7 ms on a loopback, ten times what a send takes."""
+READY_CONNECTIONS = 2
+"""Open ahead of requests: to be connected takes 0.7 ms on a loopback, ten times what a send takes. Few,
+since a server may have a thread for each connection, or a limit."""
 
 
 @dataclass(slots=True)
 class _Origin:
-    """One server: its address, looked up once, and the connections that wait for a request."""
+    """One server: its address, looked up once, connections that wait for a request, and requests that
+    wait for a connection."""
 
     host: str
     port: int
     addresses: list[str] = field(default_factory=list)
-    idle: deque[_Connection] = field(default_factory=deque)
-    """The one used last is at the right, and is the next."""
-    ahead: bool = False
-    """Are connections to be open before they are needed?"""
+    idle: dict[_Connection, None] = field(default_factory=dict)
+    """The one used last is the last, and is the next."""
+    waiting: deque[Exchange] = field(default_factory=deque)
+    ready: int = 0
+    """How many connections are to be open before they are needed."""
     connecting: int = 0
-    """Those that are being made ahead."""
+
+    def next_waiting(self) -> Exchange | None:
+        """The request that has waited longest, and waits no more."""
+        while self.waiting:
+            if not (exchange := self.waiting.popleft()).over:
+                return exchange
+        return None
 
 
 class LeanClient:
@@ -67,14 +76,14 @@ class LeanClient:
         self._targets: dict[str, tuple[_Origin, bytes]] = {}
         self._origins: dict[tuple[str, int], _Origin] = {}
         self._connecting: set[asyncio.Task[None]] = set()
-        self._open: set[_Connection] = set()
+        self._made: set[_Connection] = set()
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._sweep = self._loop.call_later(SWEEP_INTERVAL_S, self._close_stale)
         for url in urls:
             origin, _ = self._target(url)
-            origin.ahead = True
-            self._open_ahead(origin)
+            origin.ready = READY_CONNECTIONS
+            self._open(origin)
 
     def send(
         self, request: Request, ended: Callable[[RequestRecord], None], timeout_s: float | None
@@ -87,15 +96,14 @@ class LeanClient:
             exchange.deadline = self._loop.call_at(deadline_s, exchange.end, "timed_out")
         stale_ns = time.monotonic_ns() - round(KEEPALIVE_S * SECOND_NS)
         while origin.idle:
-            connection = origin.idle.pop()
+            connection, _ = origin.idle.popitem()
             if connection.idle_since_ns > stale_ns and not connection.transport.is_closing():
                 connection.begin(exchange)
                 break
             connection.transport.abort()
         else:
-            self._begin_task(self._connect(origin, exchange))
-        if origin.ahead:
-            self._open_ahead(origin)
+            origin.waiting.append(exchange)
+        self._open(origin)
         return exchange
 
     async def close(self) -> None:
@@ -107,20 +115,23 @@ class LeanClient:
         await asyncio.gather(*self._connecting, return_exceptions=True)
         # Not all of them will say that they are lost: uvloop keeps silent of those whose task was
         # cancelled.
-        for connection in self._open:
+        for connection in self._made:
             connection.transport.abort()
         await asyncio.sleep(0)
 
     def opened(self, connection: _Connection) -> None:
         """A connection was made."""
-        self._open.add(connection)
+        self._made.add(connection)
         if self._closing:
             # Its task was cancelled too late to keep it from being made.
             connection.transport.abort()
 
     def lost(self, connection: _Connection) -> None:
         """A connection is closed."""
-        self._open.discard(connection)
+        self._made.discard(connection)
+        if connection.origin.idle.pop(connection, connection) is None and not connection.used:
+            # The server does not want connections that say nothing.
+            connection.origin.ready = 0
 
     def _target(self, url: str) -> tuple[_Origin, bytes]:
         """Where a URL leads, and the head of its requests up to the number of the body's bytes."""
@@ -133,52 +144,47 @@ class LeanClient:
             self._targets[url] = origin, head + self._fields + b"Content-Length: "
         return self._targets[url]
 
-    def _open_ahead(self, origin: _Origin) -> None:
-        """Make what is missing of the connections that are to be ready."""
-        for _ in range(READY_CONNECTIONS - len(origin.idle) - origin.connecting):
+    def _open(self, origin: _Origin) -> None:
+        """Make the connections that are missing: for the requests that wait, and those to be ready."""
+        wanted = len(origin.waiting) + origin.ready - len(origin.idle)
+        for _ in range(wanted - origin.connecting):
             origin.connecting += 1
-            self._begin_task(self._connect_ahead(origin))
+            task = self._loop.create_task(self._connect(origin))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
 
-    def _begin_task(self, work: Coroutine[None, None, None]) -> None:
-        task = self._loop.create_task(work)
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
-
-    async def _connect_ahead(self, origin: _Origin) -> None:
-        try:
-            (await self._connection(origin)).rest()
-        except OSError:
-            # The request that needs it will say so.
-            pass
-        finally:
-            origin.connecting -= 1
-
-    async def _connect(self, origin: _Origin, exchange: Exchange) -> None:
+    async def _connect(self, origin: _Origin) -> None:
         try:
             connection = await self._connection(origin)
         except OSError as problem:
-            where = f"{origin.host}:{origin.port}"
-            exchange.end("failed", f"Cannot connect to host {where}: {in_short(problem)}")
-            return
-        if exchange.over:
-            connection.rest()
+            # None ahead any more: whoever needs one will hear of it.
+            origin.ready = 0
+            if (exchange := origin.next_waiting()) is not None:
+                where = f"{origin.host}:{origin.port}"
+                exchange.end("failed", f"Cannot connect to host {where}: {in_short(problem)}")
         else:
-            connection.begin(exchange)
+            connection.rest()
+        finally:
+            origin.connecting -= 1
 
     async def _connection(self, origin: _Origin) -> _Connection:
         """A new one. Raises OSError."""
         problem = OSError("no address")
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            for address in await self._addresses(origin):
-                try:
-                    _, connection = await self._loop.create_connection(
-                        lambda: _Connection(self, origin), address, origin.port
-                    )
-                except OSError as error:
-                    problem = error
-                    continue
-                return connection
-        raise problem
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                for address in await self._addresses(origin):
+                    try:
+                        _, connection = await self._loop.create_connection(
+                            lambda: _Connection(self, origin), address, origin.port
+                        )
+                    except OSError as error:
+                        problem = error
+                        continue
+                    return connection
+            raise problem
+        finally:
+            # Its traceback has this frame: nobody collects cycles while a load lasts.
+            del problem
 
     async def _addresses(self, origin: _Origin) -> list[str]:
         if not origin.addresses:
@@ -189,8 +195,11 @@ class LeanClient:
     def _close_stale(self) -> None:
         stale_ns = time.monotonic_ns() - round(KEEPALIVE_S * SECOND_NS)
         for origin in self._origins.values():
-            while origin.idle and origin.idle[0].idle_since_ns < stale_ns:
-                origin.idle.popleft().transport.abort()
+            for connection in list(origin.idle):
+                if connection.idle_since_ns >= stale_ns:
+                    break
+                del origin.idle[connection]
+                connection.transport.abort()
         self._sweep = self._loop.call_later(SWEEP_INTERVAL_S, self._close_stale)
 
 
@@ -243,6 +252,7 @@ class _Connection(asyncio.Protocol):
         "idle_since_ns",
         "origin",
         "transport",
+        "used",
     )
 
     transport: asyncio.Transport
@@ -254,6 +264,7 @@ class _Connection(asyncio.Protocol):
         self.answer = Answer()
         self.complaint = b""
         self.idle_since_ns = 0
+        self.used = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are not of this class, but do all that it does.
@@ -262,6 +273,7 @@ class _Connection(asyncio.Protocol):
 
     def begin(self, exchange: Exchange) -> None:
         """Send a request."""
+        self.used = True
         self.exchange = exchange
         exchange.connection = self
         self.answer = Answer()
@@ -271,9 +283,12 @@ class _Connection(asyncio.Protocol):
         self.transport.writelines((b"%s%d\r\n\r\n" % (exchange.head, len(body)), body))
 
     def rest(self) -> None:
-        """Wait for the next request."""
+        """Take the request that waits, or wait for one."""
+        if (exchange := self.origin.next_waiting()) is not None:
+            self.begin(exchange)
+            return
         self.idle_since_ns = time.monotonic_ns()
-        self.origin.idle.append(self)
+        self.origin.idle[self] = None
 
     def data_received(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()

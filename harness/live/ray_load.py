@@ -33,6 +33,8 @@ from loadgen.request_record import RequestRecord
 from loadgen.workers import part_in_flight
 
 EXCHANGES = 40
+EXCHANGING_NS = SECOND_NS // 5
+"""At most so many, and no longer: the start does not wait."""
 CALLS_AT_ONCE = 4
 """Of an actor: its load, and beside that its clock, its state and the word to stop."""
 READY_TIMEOUT_S = 60.0
@@ -142,8 +144,8 @@ async def _offered(sender: Sender, start_ns: int) -> list[RequestRecord]:
     def note(_: float, sent: int, in_flight: int) -> None:
         sender.at = sent, in_flight
 
-    async with open_session(part.headers) as session:
-        with contextlib.suppress(asyncio.CancelledError):
+    with contextlib.suppress(asyncio.CancelledError):
+        async with open_session(part.headers) as session:
             await drive(
                 session,
                 list(part.urls),
@@ -190,7 +192,10 @@ class Senders:
         requests have no record, so that no check of the load finds it whole: the run is invalid. When
         cancelled, the actors stop, and what they have recorded is handed over first.
         """
-        before = await asyncio.gather(*map(offset, self.actors))
+        try:
+            before = await asyncio.gather(*map(offset, self.actors))
+        except self.ray.exceptions.RayActorError as error:
+            raise ClusterFailed(f"a sender was lost before the load began: {error}") from error
         offered = asyncio.gather(
             *(
                 answer(actor.offer.remote(start_ns + known.offset_ns))
@@ -230,7 +235,11 @@ class Senders:
                 continue
             if isinstance(came, BaseException):
                 raise came
-            after = await offset(self.actors[index])
+            try:
+                after = await offset(self.actors[index])
+            except self.ray.exceptions.RayActorError:
+                # Its records are here.
+                after = None
             clocks.append(NodeClock(self.nodes[index], before[index], after))
             records += [on_driver_clock(record, clocks[-1]) for record in came]
         self.clocks = tuple(clocks)
@@ -336,7 +345,11 @@ def on_driver_clock(record: RequestRecord, clock: NodeClock) -> RequestRecord:
 
 async def offset(sender: Any) -> Offset:
     """An actor's clock against this one's."""
-    return best([await exchange(sender) for _ in range(EXCHANGES)])
+    until_ns = time.monotonic_ns() + EXCHANGING_NS
+    found = [await exchange(sender)]
+    while len(found) < EXCHANGES and time.monotonic_ns() < until_ns:
+        found.append(await exchange(sender))
+    return best(found)
 
 
 async def exchange(sender: Any) -> tuple[int, int, int]:

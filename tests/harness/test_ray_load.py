@@ -115,6 +115,14 @@ def test_a_lost_actor_is_said_and_its_requests_have_no_record(
     assert clocks[1].after is None
 
 
+def test_an_actor_that_is_lost_behind_its_records_costs_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records, lost, clocks, _ = offered(monkeypatch, lose=1, at="clock_ns")
+    assert [record.id for record in records] == list(range(6))
+    assert lost == () and [clock.after is None for clock in clocks] == [False, True]
+
+
 def test_how_far_the_actors_are_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadgen.load.PROGRESS_INTERVAL_S", 0.02)
     monkeypatch.setattr("harness.live.ray_load.PROGRESS_INTERVAL_S", 0.02)
@@ -165,12 +173,14 @@ class ActorDied(Exception):
 
 
 class StandInRay:
-    """Just what ready_senders asks of Ray; the actor number ``lose`` dies when it is to offer."""
+    """Just what ready_senders asks of Ray; actor number ``lose`` dies when it is to offer, or of what
+    ``at`` says, once it has."""
 
     exceptions = SimpleNamespace(RayActorError=ActorDied)
 
-    def __init__(self, lose: int | None, busy: bool) -> None:
+    def __init__(self, lose: int | None, busy: bool, at: str) -> None:
         self.lose = lose
+        self.at = at
         self.busy = busy
         self.senders: list[Any] = []
         self.pool = ThreadPoolExecutor(16)
@@ -194,8 +204,13 @@ class StandInRay:
         def die(*arguments: object) -> None:
             raise ActorDied
 
+        def once_offered(sender: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda: die() if sender.at[0] else function()
+
         def call(name: str) -> Any:
-            function = die if dies and name == "offer" else getattr(sender, name)
+            function = getattr(sender, name)
+            if dies and name == self.at:
+                function = die if name == "offer" else once_offered(sender, function)
             if self.busy:
                 return SimpleNamespace(remote=lambda *_: SimpleNamespace(future=Future))
 
@@ -210,9 +225,12 @@ class StandInRay:
 
 
 def stand_in(
-    monkeypatch: pytest.MonkeyPatch, lose: int | None = None, busy: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    lose: int | None = None,
+    busy: bool = False,
+    at: str = "offer",
 ) -> StandInRay:
-    ray = StandInRay(lose, busy)
+    ray = StandInRay(lose, busy, at)
     monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
     monkeypatch.setattr("harness.live.ray_load.EXCHANGES", 5)
     return ray
@@ -223,9 +241,10 @@ def offered(
     lose: int | None = None,
     tokens: int = 2,
     stop_after_s: float | None = None,
+    at: str = "offer",
 ) -> tuple[list[RequestRecord], tuple[str, ...], tuple[NodeClock, ...], list[Any]]:
     """Six requests from two actors: the records, who was lost, the clocks, and what was said."""
-    stand_in(monkeypatch, lose)
+    stand_in(monkeypatch, lose, at=at)
     body = json.dumps({"max_tokens": tokens, "prompt": [1], "stream": True}).encode()
     records: list[RequestRecord] = []
     said: list[Any] = []

@@ -305,6 +305,68 @@ def test_connections_to_known_servers_are_open_before_they_are_needed():
     assert ahead == list(range(READY_CONNECTIONS, 2 * READY_CONNECTIONS + 1))
 
 
+def test_a_server_that_closes_connections_which_say_nothing_gets_no_more_of_them():
+    opened = []
+
+    async def talk(reader, writer):
+        opened.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 0.02)
+            writer.write(GOOD)
+            await writer.drain()
+        writer.close()
+
+    async def scenario():
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/completions"
+        client = LeanClient({}, Alarm(), [url])
+        records = []
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            ended = asyncio.get_running_loop().create_future()
+            client.send(a_request(url), ended.set_result, None)
+            records.append(await ended)
+        await client.close()
+        server.close()
+        return records
+
+    assert {record.outcome for record in asyncio.run(scenario())} == {"completed"}
+    assert len(opened) == READY_CONNECTIONS + 5
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_connection_that_gets_free_is_taken_by_who_waits_for_one(run):
+    """However long the connection takes that was begun for it."""
+    slow = asyncio.Event()
+
+    class Slow(LeanClient):
+        connections = 0
+
+        async def _connection(self, origin):
+            self.connections += 1
+            if self.connections > 1:
+                await slow.wait()
+            return await super()._connection(origin)
+
+    async def scenario():
+        server, port = await serve(SCRIPTS.get, requests := [])
+        client = Slow({}, Alarm())
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        waited = [asyncio.get_running_loop().create_future() for _ in range(3)]
+        for ended in waited:
+            request = dataclasses.replace(a_request(url), body=b'{"script": "chunked"}')
+            client.send(request, ended.set_result, None)
+        async with asyncio.timeout(20.0):
+            records = [await ended for ended in waited]
+        await client.close()
+        server.close()
+        return records, requests
+
+    records, requests = run(scenario())
+    assert [record.outcome for record in records] == ["completed"] * 3
+    assert len({connection for connection, _ in requests}) == 1
+
+
 def test_connections_ahead_of_requests_to_a_server_that_is_not_there_are_not_tried_for_ever():
     async def scenario():
         server, port = await serve(SCRIPTS.get, [])
