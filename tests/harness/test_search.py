@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from harness.commands.search_command import search_server
-from harness.configs.config import load_config
+from harness.configs.config import ConfigError, load_config
 from harness.experiments import search
 from harness.machine.display import Display
 from harness.records.store import Store
@@ -42,6 +42,25 @@ def config_file(folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     return path
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        ({"arrivals": {"kind": "gamma", "cv": 2}}, "which only Poisson arrivals allow"),
+        ({"cluster": "local:2", "workers": 2}, "load.cluster: a search decides its load"),
+    ],
+)
+def test_what_a_search_cannot_do_is_refused_before_any_load(
+    tmp_path: Path, load: dict[str, object], words: str
+) -> None:
+    config = load_config(config_file(tmp_path)).model_validate(CONFIG | {"load": load})
+    store = Store.create(tmp_path / "out")
+    with (
+        Display(Console(file=io.StringIO()), quiet=True) as display,
+        pytest.raises(ConfigError, match=words),
+    ):
+        asyncio.run(search_server(config, store, display, 0.05, 3, (16.0, 500.0), 25.0))
 
 
 @pytest.mark.live
