@@ -19,8 +19,11 @@ from analysis.inference.work import kv_work, work_by_counter
 from analysis.numbers.estimate import Estimate
 from analysis.numbers.quantiles import chi2_quantile, student_quantile
 from analysis.schedulers.frames import RunFrames
+from analysis.theory.critical_rate import LOCKSTEP_BELOW_CV
 
 CAPACITY_BATCHES = 10
+WAVE_POINTS = 8
+"""Instants within a wave at which the work is taken."""
 UNITS = {
     "kv_cache": "KV demand served",
     "output_reservation": "KV demand with its reservation served",
@@ -76,12 +79,27 @@ def work_served(
     ``demand`` is the mean of the designed law in the unit of ``binding`` (`work_of`). The mix of lengths
     that happened to be served drops out, so that the error is several times smaller than that of
     counting, most of all in the unit of the resource that is short. In the long run all agree.
+
+    Requests of equal outputs stay in step, and work is served in waves of one residence each. What would
+    remain of them at the two ends of the window is left out: the work there is a mean over a wave.
     """
-    residences = window.duration_s / frames.mean_residence_s
-    edges = batch_edges(window.start_s, window.end_s, bins_of(residences))
-    rates = service_rates(work_by_counter(frames, edges, binding), edges, demand)
+    wave_s = frames.mean_residence_s if in_step(frames) else 0.0
+    duration_s = window.duration_s - wave_s
+    residences = duration_s / frames.mean_residence_s
+    edges = batch_edges(window.start_s, window.start_s + duration_s, bins_of(residences))
+    at_s = edges[:, None] + wave_s * (np.arange(WAVE_POINTS) + 0.5) / WAVE_POINTS
+    order = np.argsort(at_s, axis=None, kind="stable")
+    work = np.empty(at_s.size)
+    work[order] = work_by_counter(frames, at_s.ravel()[order], binding)
+    rates = service_rates(work.reshape(at_s.shape).mean(axis=1), edges, demand)
     method = f"{UNITS[binding]} under backlog over its mean per request"
-    return Stretch(rates, window.duration_s, residences, "req/s", method)
+    return Stretch(rates, duration_s, residences, "req/s", method)
+
+
+def in_step(frames: RunFrames) -> bool:
+    """Are the outputs so equal that the batch which filled the server stays together?"""
+    outputs = frames.per_request("output_tokens")[frames.completed]
+    return bool(len(outputs)) and float(outputs.std()) < LOCKSTEP_BELOW_CV * float(outputs.mean())
 
 
 def completions(frames: RunFrames, window: Backlog) -> Stretch:
