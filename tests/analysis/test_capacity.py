@@ -12,9 +12,11 @@ from analysis.inference.capacity import (
     capacity_by_regression,
     completions,
     hinge,
+    in_step,
+    service_rates,
     work_served,
 )
-from analysis.inference.work import decoding_steps, work_done, work_of
+from analysis.inference.work import decoding_steps, work_by_counter, work_done, work_of
 from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.frames import RunFrames, run_frames
 from analysis.schedulers.simulate import simulate
@@ -104,6 +106,27 @@ def estimates(
         ):
             found[name].append((e.value / truth, e.low / truth, e.high / truth))
     return found
+
+
+@pytest.mark.parametrize(
+    ("workload", "together"), [(fixed(64, 64), True), (uniform((16, 112), (16, 112)), False)]
+)
+def test_waves_of_equal_outputs_do_not_reach_the_ends_of_a_window(
+    workload: Workload, together: bool
+) -> None:
+    frames = overloaded(workload, limits(4096), seed=3, horizon_s=60.0)
+    assert in_step(frames) is together
+    residence_s, demand = frames.mean_residence_s, workload.mean(work_demand(workload, "kv_cache"))
+    averaged, plain = [], []
+    for part in np.arange(12) / 12:
+        window = Backlog(6 * residence_s, (18 + part) * residence_s)
+        averaged.append(work_served(frames, window, demand).mean)
+        edges = np.array([window.start_s, window.end_s])
+        plain.extend(service_rates(work_by_counter(frames, edges), edges, demand))
+    if together:
+        assert np.std(averaged) < 0.5 * np.std(plain)
+    else:
+        assert averaged == pytest.approx(plain)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 from contextlib import closing
@@ -83,14 +84,16 @@ SILENT = "silent"
 
 async def serve(pieces_of, requests):
     """A server that answers with the pieces of the script that a request names; its port."""
+    connections = itertools.count()
 
     async def talk(reader, writer):
+        connection = next(connections)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), closing(writer):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
                 name = json.loads(await reader.readexactly(size))["script"]
-                requests.append((id(writer), head))
+                requests.append((connection, head))
                 for piece in pieces_of(name):
                     if piece is CLOSE:
                         return
