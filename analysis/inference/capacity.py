@@ -72,7 +72,12 @@ def backlogged_window(frames: RunFrames, start_s: float) -> Backlog | None:
 
 
 def work_served(
-    frames: RunFrames, window: Backlog, demand: float, binding: str = "kv_cache"
+    frames: RunFrames,
+    window: Backlog,
+    demand: float,
+    binding: str = "kv_cache",
+    *,
+    waves_tell: bool = False,
 ) -> Stretch:
     """Saturated service rate from work served, in requests per second (theory.md 6.3).
 
@@ -81,9 +86,12 @@ def work_served(
     counting, most of all in the unit of the resource that is short. In the long run all agree.
 
     Requests of equal outputs stay in step, and work is served in waves of one residence each. What would
-    remain of them at the two ends of the window is left out: the work there is a mean over a wave.
+    remain of them at the two ends of the window is left out: the work there is a mean over a wave. Not
+    with ``waves_tell``, for servers that keep their fill (`analysis.theory.reservation.keeps_its_fill`):
+    the next run's waves are others there, and so is its rate; this run's waves are the only measure of
+    that.
     """
-    wave_s = frames.mean_residence_s if in_step(frames) else 0.0
+    wave_s = frames.mean_residence_s if in_step(frames) and not waves_tell else 0.0
     duration_s = window.duration_s - wave_s
     residences = duration_s / frames.mean_residence_s
     edges = batch_edges(window.start_s, window.start_s + duration_s, bins_of(residences))

@@ -26,6 +26,7 @@ from analysis.inference.long_run import Stretch
 from analysis.inference.warm_up import warm_up_warning
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.frames import SHORTEST_S, RunFrames
+from analysis.theory.reservation import keeps_its_fill
 from analysis.verdicts.audit import Saturation, binding_resource, saturation, step_time
 from analysis.verdicts.branches import Judged, judge_from_full
 from analysis.verdicts.evidence import (
@@ -226,7 +227,13 @@ def capacity(run: MeasuredRun, evidence: Evidence) -> Capacity | None:
     return Capacity(
         run,
         saturated,
-        work_served(run.frames, window, demand, unit),
+        work_served(
+            run.frames,
+            window,
+            demand,
+            unit,
+            waves_tell=keeps_its_fill(evidence.workload, evidence.limits),
+        ),
         completions(run.frames, window),
         capacity_by_regression(run.frames, window, kv_demand, batches),
     )
