@@ -75,7 +75,7 @@ async def drive(
     require_file_descriptors(len(arrival_s) if expected_in_flight is None else expected_in_flight)
     alarm = Alarm()
     load = Load(
-        client=client_for(session, urls, alarm),
+        client=client_for(session, urls, alarm, len(arrival_s) / horizon_s),
         alarm=alarm,
         urls=urls,
         scheduled_ns=schedule_ns(arrival_s, start_ns).tolist(),
@@ -152,9 +152,13 @@ def extend(
     load.set_alarm()
 
 
-def client_for(session: aiohttp.ClientSession, urls: Sequence[str], alarm: Alarm) -> Client:
+def client_for(
+    session: aiohttp.ClientSession, urls: Sequence[str], alarm: Alarm, rate: float = 0.0
+) -> Client:
     """The lean client where all is plain HTTP, else the session's."""
-    return LeanClient(session.headers, alarm, urls) if is_plain(urls) else SessionClient(session)
+    if is_plain(urls):
+        return LeanClient(session.headers, alarm, urls, rate)
+    return SessionClient(session)
 
 
 def is_plain(urls: Sequence[str]) -> bool:

@@ -33,8 +33,10 @@ from loadgen.request_record import Outcome, RequestRecord
 
 SWEEP_INTERVAL_S = 1.0
 READY_CONNECTIONS = 2
-"""Open ahead of requests: to be connected takes 0.7 ms on a loopback, ten times what a send takes. Few,
-since a server may have a thread for each connection, or a limit."""
+READY_S = 0.004
+"""Open ahead of requests are so many, and as many as arrive in this time: to be connected takes 0.7 ms on
+a loopback, ten times what a send takes. Few, since a server may have a thread for each connection, or a
+limit."""
 
 
 @dataclass(slots=True)
@@ -63,13 +65,20 @@ class _Origin:
 class LeanClient:
     """Connections without a cap, kept for `KEEPALIVE_S` when idle, the freshest used first.
 
-    ``headers`` go with every request. To the servers of ``urls`` some connections are open before
-    they are needed: a request that has to wait for one leaves late. At each read the clock is compared
+    ``headers`` go with every request. To the servers of ``urls``, which have ``rate`` requests per second
+    together, some connections are open before they are needed: a request that has to wait for one leaves
+    late. At each read the clock is compared
     with ``alarm``: however many reads one turn of the loop brings, the next request leaves between two
     of them.
     """
 
-    def __init__(self, headers: Mapping[str, str], alarm: Alarm, urls: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        alarm: Alarm,
+        urls: Sequence[str] = (),
+        rate: float = 0.0,
+    ) -> None:
         fields = {"Accept": "*/*", "User-Agent": "critrate", **headers}
         self._fields = "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode()
         self.alarm = alarm
@@ -82,7 +91,7 @@ class LeanClient:
         self._sweep = self._loop.call_later(SWEEP_INTERVAL_S, self._close_stale)
         for url in urls:
             origin, _ = self._target(url)
-            origin.ready = READY_CONNECTIONS
+            origin.ready = READY_CONNECTIONS + round(READY_S * rate / len(urls))
             self._open(origin)
 
     def send(

@@ -93,7 +93,7 @@ async def _run(work: Slice, start_ns: int, input_fd: int) -> None:
 
     alarm = Alarm()
     load = Load(
-        client=LeanClient(work.headers, alarm, work.urls),
+        client=LeanClient(work.headers, alarm, work.urls, 1e9 * len(work.due_ns) / work.end_ns),
         alarm=alarm,
         urls=work.urls,
         scheduled_ns=[start_ns + due_ns for due_ns in work.due_ns],
