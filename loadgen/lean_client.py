@@ -65,9 +65,9 @@ class _Origin:
 class LeanClient:
     """Connections without a cap, kept for `KEEPALIVE_S` when idle, the freshest used first.
 
-    ``headers`` go with every request. To the servers of ``urls``, which have ``rate`` requests per second
-    together, some connections are open before they are needed: a request that has to wait for one leaves
-    late. At each read the clock is compared
+    ``headers`` go with every request. To the servers of ``urls``, which get ``rate`` requests per
+    second together, some connections are open before they are needed: a request that has to wait for
+    one leaves late. At each read the clock is compared
     with ``alarm``: however many reads one turn of the loop brings, the next request leaves between two
     of them.
     """

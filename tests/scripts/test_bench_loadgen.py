@@ -116,6 +116,27 @@ def test_critrate_must_also_be_on_time(bench: ModuleType) -> None:
     assert not bench.good(bench.Row(client="critrate", send_lag_ms=0.9, sink_busy=0.97, **row))
 
 
+def test_a_rate_that_was_missed_is_tried_again(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came = iter([False, True, False, False])
+
+    def measure(_: Any, client: Any, rate: float, *__: Any) -> Any:
+        return bench.Row(client.name, rate, 1.0, 1, 1, delivers=next(came))
+
+    monkeypatch.setattr(bench, "measure", measure)
+    kept: list[Any] = []
+    arguments = argparse.Namespace(rates=[10.0, 20.0], seconds=1.0, seed=1, tokens=1, tries=2)
+    best = bench.measured(None, bench.CLIENTS["guidellm"], arguments, kept.append)
+    assert [(row.rate, row.delivers) for row in kept] == [
+        (10.0, False),
+        (10.0, True),
+        (20.0, False),
+        (20.0, False),
+    ]
+    assert best.rate == 10.0
+
+
 def test_of_several_rounds_the_middle_one_is_shown(
     bench: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +203,7 @@ def test_a_client_that_cannot_be_installed_is_listed(
         tokens=1,
         interval_ms=2.0,
         rounds=2,
+        tries=1,
         markdown=False,
     )
     bench.limits(machine, ["guidellm"], arguments)
