@@ -34,9 +34,9 @@ from loadgen.request_record import Outcome, RequestRecord
 SWEEP_INTERVAL_S = 1.0
 READY_CONNECTIONS = 2
 READY_S = 0.004
-"""Open ahead of requests are so many, and as many as arrive in this time: to be connected takes 0.7 ms on
-a loopback, ten times what a send takes. Few, since a server may have a thread for each connection, or a
-limit."""
+"""Open ahead of requests are so many, and as many as arrive in this time: to be connected takes 0.7 ms
+on a loopback, ten times what a send takes. Few, since a server may have a thread for each connection,
+or a limit."""
 
 
 @dataclass(slots=True)
