@@ -95,7 +95,8 @@ def work_served(
     duration_s = window.duration_s - wave_s
     residences = duration_s / frames.mean_residence_s
     edges = batch_edges(window.start_s, window.start_s + duration_s, bins_of(residences))
-    at_s = edges[:, None] + wave_s * (np.arange(WAVE_POINTS) + 0.5) / WAVE_POINTS
+    points = WAVE_POINTS if wave_s else 1
+    at_s = edges[:, None] + wave_s * (np.arange(points) + 0.5) / points
     order = np.argsort(at_s, axis=None, kind="stable")
     work = np.empty(at_s.size)
     work[order] = work_by_counter(frames, at_s.ravel()[order], binding)
