@@ -16,8 +16,10 @@ from analysis.schedulers.engine import EngineLimits, EngineSample
 
 LEAST_USAGE = 0.05
 """Gauges with two digits are too coarse below this share of the pool."""
-PROGRESS_TOKENS = np.linspace(-1.0, 0.0, 5)
-"""A gauge shows the last whole step: between none and one token per request behind the clock."""
+PROGRESS_TOKENS = np.linspace(-0.5, 0.5, 5)
+"""Where between two reads of the counter a request ended is known to half a step."""
+HALF_A_STEP = 0.5
+"""A counter is read halfway through the next step, in the mean."""
 PROGRESS_ERROR_TOKENS = 0.5
 
 
@@ -34,7 +36,7 @@ def implied_pool(results: Sequence[ProbeResult], limits: EngineLimits) -> Estima
 
 def _of_probe(result: ProbeResult, limits: EngineLimits) -> Estimate | None:
     probe = result.probe
-    if probe.prompts or probe.output_tokens < 2:
+    if probe.prompts or result.steps < probe.output_tokens - 1:
         return None
     batch = [
         (r.first_token_ns, r.last_token_ns)
@@ -44,7 +46,7 @@ def _of_probe(result: ProbeResult, limits: EngineLimits) -> Estimate | None:
     first, last = np.array(batch, dtype=float).T
     begin, end = float(first.max()), float(last.min())
     used = [
-        (_resident_blocks(result, first, last, x, limits), x.kv_usage)
+        (_resident_blocks(result, last, x, limits), x.kv_usage)
         for x in result.samples
         if x.read_ns >= begin and x.t_ns <= end and x.running == probe.count and not x.waiting
     ]
@@ -63,17 +65,23 @@ def _of_probe(result: ProbeResult, limits: EngineLimits) -> Estimate | None:
 
 
 def _resident_blocks(
-    result: ProbeResult,
-    first: np.ndarray,
-    last: np.ndarray,
-    sample: EngineSample,
-    limits: EngineLimits,
+    result: ProbeResult, last: np.ndarray, sample: EngineSample, limits: EngineLimits
 ) -> float:
-    """Whole blocks that hold prompts and outputs so far; the KV of the last output is not written."""
+    """Whole blocks that hold prompts and outputs so far; the KV of the last output is not written.
+
+    How far a request is, the engine's own count of steps until its end tells: a clock does not, as steps
+    that computed the prompts of others lasted longer.
+    """
     probe = result.probe
-    share = ((sample.read_ns + sample.t_ns) / 2 - first) / np.maximum(last - first, 1.0)
-    outputs = 1 + share * (probe.output_tokens - 1)
+    to_come = _steps_counted(result.samples, last) - sample.steps
     ahead = 1 if limits.async_scheduling else 0
-    tokens = probe.prompt_tokens + outputs - 1 + ahead
+    tokens = probe.prompt_tokens + probe.output_tokens - to_come - 1 + ahead
     blocks = np.ceil((tokens[:, None] + PROGRESS_TOKENS) / limits.block_size)
     return float(blocks.mean(axis=1).sum())
+
+
+def _steps_counted(samples: Sequence[EngineSample], at_ns: np.ndarray) -> np.ndarray:
+    """Steps that had ended, by the counter, just after the step that ended at each instant."""
+    read_ns = np.array([(x.read_ns + x.t_ns) / 2 for x in samples], dtype=float)
+    counted = np.interp(at_ns, read_ns, [x.steps for x in samples])
+    return np.asarray(counted + HALF_A_STEP)
