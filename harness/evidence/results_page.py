@@ -52,7 +52,8 @@ BACKLOG_HEAD = """
 
 Per request: preemptions, and tokens computed again as the engine model predicts them and as the
 length of the steps tells them, which it does under a law of b0 and b1 alone; no engine counts them.
-Then the pool, and the three factors of measured over M / (b E[g])."""
+Then the pool, the three factors of measured over M / (b E[g]), and by how much the mean step
+outlasted its law in the run farthest off: some rows ran beside another on the same two cores."""
 H3_HEAD = """
 ## H3: 1/mu against 1/M
 
@@ -188,6 +189,7 @@ BACKLOG: tuple[Column, ...] = (
     ("not wasted 1-w", _identity(2)),
     ("three multiplied", lambda row: _product(row)),
     ("measured over M/(b E[g])", _identity(4)),
+    ("steps over the law", lambda row: _late(row)),
 )
 
 
@@ -197,6 +199,14 @@ def _explained(row: Row) -> str:
     if share is None:
         return NOTHING
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def _late(row: Row) -> str:
+    """What steps took over the time that they were set to, in the run of a row farthest off."""
+    paces = [run.pace for run in row.evidence.runs if run.pace is not None]
+    if not paces:
+        return NOTHING
+    return f"{100 * max((pace.off for pace in paces), key=abs):+.2f} %"
 
 
 def _product(row: Row) -> str:
