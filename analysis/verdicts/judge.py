@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from analysis.inference.long_run import long_run_mean
 from analysis.numbers.estimate import Estimate, ratio
+from analysis.numbers.formatting import load_label
 from analysis.schedulers.frames import RunFrames
+from analysis.theory.reservation import keeps_its_fill
 from analysis.verdicts.audit import (
     binding_resource,
     client_equals_server,
@@ -18,6 +20,7 @@ from analysis.verdicts.evidence import Evidence, rounding
 from analysis.verdicts.identity import Identity, identity
 from analysis.verdicts.premises import premises
 from analysis.verdicts.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity, capacity, judge_run
+from analysis.verdicts.second_opinion import FILL_RESIDENCES
 from analysis.verdicts.settling import near_critical
 from analysis.verdicts.verdict import Check, Outcome, RunJudgement, Verdict, agreement
 from analysis.verdicts.verdict_tables import (
@@ -27,6 +30,9 @@ from analysis.verdicts.verdict_tables import (
     other_predictions,
 )
 from analysis.verdicts.wave_advice import wave_warnings, words_about_runs
+
+GENTLE_LOAD = 1.1
+"""Of the predicted rate: what overloads a server that keeps its fill without changing it by much."""
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -156,9 +162,46 @@ def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -
         reasons += (unsteady.text,)
     if answer == "inside":
         return _agreeing(found, measured, reasons)
+    if share.value > 1 and _fed_by_the_load(found):
+        return _fed(found, reasons)
     if answer == "outside":
         return _refuted(found, found.best, share, reasons)
     return _undecided(found, share, reasons)
+
+
+def _fed_by_the_load(found: Findings) -> bool:
+    """May what was served be due to the overload itself, as no run so far above was stable?"""
+    evidence = found.evidence
+    predicted = evidence.prediction.critical_rate.value
+    highest = max(j.arrival_rate for j in found.judgements)
+    far = [j for j in found.judgements if j.arrival_rate > (1 + evidence.theta) * predicted]
+    return (
+        keeps_its_fill(evidence.workload, evidence.limits)
+        and highest > 1.001 * GENTLE_LOAD * predicted
+        and not any(j.verdict == "stable" for j in far)
+    )
+
+
+def _fed(found: Findings, reasons: tuple[str, ...]) -> Ruling:
+    """Faster than predicted, where the rate that is served bounds the critical rate from above only."""
+    evidence = found.evidence
+    highest = max(j.arrival_rate for j in found.judgements)
+    load = highest / evidence.prediction.critical_rate.value
+    seconds = FILL_RESIDENCES * evidence.prediction.longest_residence_s
+    return Ruling(
+        "inconclusive",
+        "what is served above the critical rate depends on the load",
+        (
+            *reasons,
+            "equal outputs stay in the waves in which they were admitted, and a wave shares its prefill "
+            f"step: {load_label(load)} of the predicted rate fills larger waves, which are served "
+            "faster than those just above the critical rate",
+        ),
+        (
+            f"offer little more than the predicted rate, for long: load.rates [0.8, {GENTLE_LOAD}], "
+            f"load.horizon_s {seconds:.0f} or more",
+        ),
+    )
 
 
 def _invalid(found: Findings) -> Ruling | None:

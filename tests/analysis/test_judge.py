@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.verdicts.verdict import EXIT_CODES, Verdict
-from harness.configs.config import load_config
+from harness.configs.config import ExperimentConfig, load_config
+from harness.configs.sections import StepTimeConfig
 from harness.configs.workload_config import FixedConfig, WorkloadConfig
 from harness.rehearsals.rehearsal import rehearse
 
@@ -106,3 +107,41 @@ def test_outcomes_never_come_without_a_reason(honest: Verdict) -> None:
     for verdict in (honest, verdict_of("faults/pool_smaller.yaml")):
         assert verdict.headline
         assert verdict.reasons
+
+
+def of_equal_outputs_on_sglang(claimed: int, rates: tuple[float, ...]) -> ExperimentConfig:
+    """Pools of 2 048 tokens and steps of 50 ms, as in the row `sglang_fixed`."""
+    config = load_config(CONFIGS / "mock_sglang.yaml")
+    assert config.server is not None and config.server.mock is not None
+    mock = config.server.mock.model_copy(
+        update={
+            "num_blocks": 2048,
+            "claimed_num_blocks": claimed,
+            "step_time": StepTimeConfig(b0_ms=50),
+        }
+    )
+    return config.model_copy(
+        update={
+            "server": config.server.model_copy(update={"mock": mock}),
+            "workload": WorkloadConfig(fixed=FixedConfig(prompt=32, output=32)),
+            "load": config.load.model_copy(update={"rates": rates, "max_horizon_s": 130.0}),
+        }
+    )
+
+
+def test_waves_that_the_load_itself_made_refute_no_prediction() -> None:
+    config = of_equal_outputs_on_sglang(2048, (0.8, 1.35))
+    found = [rehearse(config, seed) for seed in (5, 8, 9)]
+    # Seeds at which the served rate alone, 27 to 31 % above a right prediction, refuted it.
+    assert all(verdict.ratio is not None and verdict.ratio.low > 1.1 for verdict in found)
+    assert {verdict.outcome for verdict in found} == {"inconclusive"}
+    for verdict in found:
+        assert verdict.headline == "what is served above the critical rate depends on the load"
+        assert "1.35 of the predicted rate fills larger waves" in verdict.reasons[-1]
+        assert verdict.advice[0].startswith("offer little more than the predicted rate, for long")
+
+
+def test_a_smaller_pool_is_refuted_whatever_the_waves() -> None:
+    verdict = rehearse(of_equal_outputs_on_sglang(4096, (0.3, 0.7)), 1)
+    assert verdict.outcome == "refuted"
+    assert verdict.ratio is not None and verdict.ratio.high < 0.9
