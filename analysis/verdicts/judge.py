@@ -166,7 +166,7 @@ def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -
         return _fed(found, reasons)
     if answer == "outside":
         return _refuted(found, found.best, share, reasons)
-    return _undecided(found, share, reasons)
+    return _undecided(found, measured, share, reasons)
 
 
 def _fed_by_the_load(found: Findings) -> bool:
@@ -252,7 +252,9 @@ def _agreeing(found: Findings, measured: Estimate, reasons: tuple[str, ...]) -> 
     )
 
 
-def _undecided(found: Findings, share: Estimate, reasons: tuple[str, ...]) -> Ruling:
+def _undecided(
+    found: Findings, rate: Estimate, share: Estimate, reasons: tuple[str, ...]
+) -> Ruling:
     theta = found.evidence.theta
     wide = found.evidence.prediction.critical_rate.at_level(0.90)
     if wide.half_width > theta * wide.value:
@@ -266,11 +268,17 @@ def _undecided(found: Findings, share: Estimate, reasons: tuple[str, ...]) -> Ru
             ),
         )
     factor = max((share.half_width / (theta / 2)) ** 2, 1.5)
+    advice = f"lengthen the overloaded runs about {factor:.1f} times"
+    predicted, measured = (
+        100 * x.half_width / x.value for x in (found.evidence.prediction.critical_rate, rate)
+    )
+    if predicted > measured:
+        advice = (
+            f"calibrate on an idle machine: the measured rate is known to {measured:.1f} %, the "
+            f"predicted one to {predicted:.1f} %, by its calibration and the closed form's own error"
+        )
     return Ruling(
-        "inconclusive",
-        f"the interval straddles the {100 * theta:.0f} % band",
-        reasons,
-        (f"lengthen the overloaded runs about {factor:.1f} times",),
+        "inconclusive", f"the interval straddles the {100 * theta:.0f} % band", reasons, (advice,)
     )
 
 

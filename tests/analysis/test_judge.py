@@ -109,7 +109,9 @@ def test_outcomes_never_come_without_a_reason(honest: Verdict) -> None:
         assert verdict.reasons
 
 
-def of_equal_outputs_on_sglang(claimed: int, rates: tuple[float, ...]) -> ExperimentConfig:
+def of_equal_outputs_on_sglang(
+    claimed: int, rates: tuple[float, ...], max_horizon_s: float = 130.0
+) -> ExperimentConfig:
     """Pools of 2 048 tokens and steps of 50 ms, as in the row `sglang_fixed`."""
     config = load_config(CONFIGS / "mock_sglang.yaml")
     assert config.server is not None and config.server.mock is not None
@@ -124,7 +126,7 @@ def of_equal_outputs_on_sglang(claimed: int, rates: tuple[float, ...]) -> Experi
         update={
             "server": config.server.model_copy(update={"mock": mock}),
             "workload": WorkloadConfig(fixed=FixedConfig(prompt=32, output=32)),
-            "load": config.load.model_copy(update={"rates": rates, "max_horizon_s": 130.0}),
+            "load": config.load.model_copy(update={"rates": rates, "max_horizon_s": max_horizon_s}),
         }
     )
 
@@ -145,3 +147,12 @@ def test_a_smaller_pool_is_refuted_whatever_the_waves() -> None:
     verdict = rehearse(of_equal_outputs_on_sglang(4096, (0.3, 0.7)), 1)
     assert verdict.outcome == "refuted"
     assert verdict.ratio is not None and verdict.ratio.high < 0.9
+
+
+def test_who_straddles_the_band_is_told_which_interval_is_the_wide_one() -> None:
+    # The closed form knows equal outputs on SGLang to 12 %; a gentle run tells its waves' rate well.
+    verdict = rehearse(of_equal_outputs_on_sglang(2048, (0.8, 1.1), 400.0), 1)
+    assert verdict.headline == "the interval straddles the 10 % band"
+    assert verdict.advice[0].startswith(
+        "calibrate on an idle machine: the measured rate is known to 0.1 %, the predicted one to 11.8 %"
+    )
