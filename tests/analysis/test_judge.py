@@ -140,7 +140,7 @@ def test_waves_that_the_load_itself_made_refute_no_prediction() -> None:
     for verdict in found:
         assert verdict.headline == "what is served above the critical rate depends on the load"
         assert "1.35 of the predicted rate fills larger waves" in verdict.reasons[-1]
-        assert verdict.advice[0].startswith("offer little more than the predicted rate, for long")
+        assert verdict.advice[0].startswith("offer little more, for long, and several times")
 
 
 def test_a_smaller_pool_is_refuted_whatever_the_waves() -> None:
