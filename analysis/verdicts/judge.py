@@ -31,7 +31,7 @@ from analysis.verdicts.verdict_tables import (
 )
 from analysis.verdicts.wave_advice import wave_warnings, words_about_runs
 
-GENTLE_LOAD = 1.1
+GENTLE_LOAD = 1.12
 """Of the predicted rate: what overloads a server that keeps its fill without changing it by much."""
 
 
@@ -198,7 +198,7 @@ def _fed(found: Findings, reasons: tuple[str, ...]) -> Ruling:
             "faster than those just above the critical rate",
         ),
         (
-            f"offer little more, for long, and several times, as each run fills its own waves: load.rates "
+            "offer little more, for long, and several times, as each fill has its own waves: load.rates "
             f"[0.8, {GENTLE_LOAD}, {GENTLE_LOAD}, {GENTLE_LOAD}], load.horizon_s {seconds:.0f} or more",
         ),
     )
