@@ -24,7 +24,7 @@ OWN_STEP_S = {"tiny": 0.0065, "small": 0.0175}
 LARGE = ("vllm_paper_1_1", "vllm_paper_2_1", "vllm_paper_1_2")
 """Millions of pairs of lengths: their plans take too long to be tested here."""
 LONG_MIN = {"vllm_headroom": 19, "sglang_fixed": 21}
-"""Watched at three rates for minutes each; and filled three times, until the waves are those that last."""
+"""Watched at three rates for minutes each; filled three times until its waves are those that last."""
 
 
 @pytest.fixture(scope="module")
