@@ -19,7 +19,15 @@ from harness.hypotheses.hypothesis_verdict import ANYWHERE, Part, Verdict
 NOT_RUN = "not run"
 CLAIMS: tuple[Claim, Claim] = ("paper", "engine")
 REAL: dict[str, tuple[str, ...]] = {
-    "H1": ("vllm_uniform_1_1", "vllm_uniform_2_1", "vllm_uniform_1_2", "sglang_uniform"),
+    "H1": (
+        "vllm_paper_1_1",
+        "vllm_paper_2_1",
+        "vllm_paper_1_2",
+        "vllm_uniform_1_1",
+        "vllm_uniform_2_1",
+        "vllm_uniform_1_2",
+        "sglang_uniform",
+    ),
     "H5": ("vllm_fixed_64_64", "vllm_fixed_16_256", "sglang_fixed"),
     "H6": ("vllm_two_starts",),
     "H9": ("vllm_bursts",),
