@@ -83,6 +83,7 @@ def _summary(rows: Sequence[Row]) -> str:
     paced = [row for row in valid if row.set_law is not None]
     cases: tuple[tuple[str, Sequence[Row], Callable[[Row], Estimate | None]], ...] = (
         ("The engine claim at grade P1", valid, lambda row: row.engine),
+        ("The paper's own formula", valid, lambda row: row.paper),
         ("The simulated rate, where the law of step times was set,", paced, lambda r: r.simulated),
     )
     for name, some, of in cases:

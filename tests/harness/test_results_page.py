@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def test_the_page_says_what_the_rows_say(rows: list[Row]) -> None:
     cells = tables[4][2].strip("| ").split(" | ")
     factors = [float(cell.split(" ")[0]) for cell in cells[1:10]]
     assert math.prod(factors[:-1]) == pytest.approx(factors[-1], rel=0.02)
+
+
+def test_the_readme_quotes_the_page() -> None:
+    readme, text = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    engine, paper = re.findall(r"is off by ([\d.]+ %) in the median of (\d+) rows", text)[:2]
+    quoted = " ".join(readme.split())
+    assert f"In {engine[1]} experiments with real engines" in quoted
+    assert f"off by {engine[0]} in the median and the paper's formula by {paper[0]}" in quoted
 
 
 def test_pools_under_one_law_lie_on_the_line_of_their_claims(rows: list[Row]) -> None:
