@@ -81,7 +81,12 @@ def _resident_blocks(
 
 
 def _steps_counted(samples: Sequence[EngineSample], at_ns: np.ndarray) -> np.ndarray:
-    """Steps that had ended, by the counter, just after the step that ended at each instant."""
-    read_ns = np.array([(x.read_ns + x.t_ns) / 2 for x in samples], dtype=float)
-    counted = np.interp(at_ns, read_ns, [x.steps for x in samples])
-    return np.asarray(counted + HALF_A_STEP)
+    """Steps that had ended, by the counter, just after the step that ended at each instant.
+
+    After the last of them the counter stands: what it then shows belongs to that instant.
+    """
+    end_ns = float(at_ns.max())
+    read = [((x.read_ns + x.t_ns) / 2, x.steps + HALF_A_STEP) for x in samples]
+    seen = [*(point for point in read if point[0] < end_ns), (end_ns, samples[-1].steps)]
+    instants, counted = np.array(seen, dtype=float).T
+    return np.asarray(np.interp(at_ns, instants, counted))

@@ -32,7 +32,12 @@ from analysis.verdicts.verdict_tables import (
 from analysis.verdicts.wave_advice import wave_warnings, words_about_runs
 
 GENTLE_LOAD = 1.12
-"""Of the predicted rate: what overloads a server that keeps its fill without changing it by much."""
+"""Of the predicted rate: an overload, or nearly one, that hardly feeds a server which keeps its fill."""
+VARY_OUTPUTS = (
+    "use outputs that differ: with equal ones there is no one rate to confirm within the band"
+)
+WAVES_SERVE = 1.6
+"""Times the closed form's rate: more than any waves serve, as all requests in one wave do 1.55."""
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -162,7 +167,7 @@ def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -
         reasons += (unsteady.text,)
     if answer == "inside":
         return _agreeing(found, measured, reasons)
-    if share.value > 1 and _fed_by_the_load(found):
+    if share.value > 1 and share.low < WAVES_SERVE and _fed_by_the_load(found):
         return _fed(found, reasons)
     if answer == "outside":
         return _refuted(found, found.best, share, reasons)
@@ -173,8 +178,9 @@ def _fed_by_the_load(found: Findings) -> bool:
     """May what was served be due to the overload itself, as no run so far above was stable?"""
     evidence = found.evidence
     predicted = evidence.prediction.critical_rate.value
-    highest = max(j.arrival_rate for j in found.judgements)
-    far = [j for j in found.judgements if j.arrival_rate > (1 + evidence.theta) * predicted]
+    used = [j for j in found.judgements if j.verdict != "invalid"]
+    highest = max(j.arrival_rate for j in used)
+    far = [j for j in used if j.arrival_rate > (1 + evidence.theta) * predicted]
     return (
         keeps_its_fill(evidence.workload, evidence.limits)
         and highest > 1.001 * GENTLE_LOAD * predicted
@@ -198,7 +204,8 @@ def _fed(found: Findings, reasons: tuple[str, ...]) -> Ruling:
             "faster than those just above the critical rate",
         ),
         (
-            "offer little more, for long, and several times, as each fill has its own waves: load.rates "
+            VARY_OUTPUTS,
+            "or come nearer with little overload, for long, and several fills: load.rates "
             f"[0.8, {GENTLE_LOAD}, {GENTLE_LOAD}, {GENTLE_LOAD}], load.horizon_s {seconds:.0f} or more",
         ),
     )
@@ -272,7 +279,9 @@ def _undecided(
     predicted, measured = (
         100 * x.half_width / x.value for x in (found.evidence.prediction.critical_rate, rate)
     )
-    if predicted > measured:
+    if keeps_its_fill(found.evidence.workload, found.evidence.limits):
+        advice = VARY_OUTPUTS
+    elif predicted > measured:
         advice = (
             f"calibrate on an idle machine: the measured rate is known to {measured:.1f} %, the "
             f"predicted one to {predicted:.1f} %, by its calibration and the closed form's own error"

@@ -28,7 +28,7 @@ REAL: dict[str, tuple[str, ...]] = {
         "vllm_uniform_1_2",
         "sglang_uniform",
     ),
-    "H5": ("vllm_fixed_64_64", "vllm_fixed_16_256", "sglang_fixed"),
+    "H5": ("vllm_fixed_64_64", "vllm_fixed_16_256"),
     "H6": ("vllm_two_starts",),
     "H9": ("vllm_bursts",),
     "H10": ("vllm_short_outputs",),

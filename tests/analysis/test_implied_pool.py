@@ -18,6 +18,7 @@ from loadgen.workload import Workload, uniform
 LAW = StepTime(b0_s=0.014, b1_s_per_token=1e-5, b2_s_per_kv_token=4e-7)
 SHORT = uniform((16, 112), (16, 112))
 VLLM = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)
+SGLANG_SMALL = EngineLimits(num_blocks=2048, block_size=1, sglang=SGLangRules())
 SGLANG = EngineLimits(num_blocks=8192, block_size=1, sglang=SGLangRules())
 
 
@@ -65,6 +66,8 @@ def test_a_pool_that_the_probes_hardly_touch_is_not_guessed() -> None:
             EngineLimits(num_blocks=4094, block_size=32, max_num_batched_tokens=512),
             StepTime(b0_s=0.02147, b1_s_per_token=79e-6),
         ),
+        # Steps so short that dozens lie between two samples, and requests that end all at once.
+        (SGLANG_SMALL, StepTime(b0_s=0.002)),
         # As on a GPU with chunks of 8 192: twenty times as long.
         (
             EngineLimits(num_blocks=27_000, block_size=16, max_num_batched_tokens=8192),

@@ -140,7 +140,7 @@ def test_waves_that_the_load_itself_made_refute_no_prediction() -> None:
     for verdict in found:
         assert verdict.headline == "what is served above the critical rate depends on the load"
         assert "1.35 of the predicted rate fills larger waves" in verdict.reasons[-1]
-        assert verdict.advice[0].startswith("offer little more, for long, and several times")
+        assert verdict.advice[0].startswith("use outputs that differ")
 
 
 def test_a_smaller_pool_is_refuted_whatever_the_waves() -> None:
@@ -149,10 +149,20 @@ def test_a_smaller_pool_is_refuted_whatever_the_waves() -> None:
     assert verdict.ratio is not None and verdict.ratio.high < 0.9
 
 
-def test_who_straddles_the_band_is_told_which_interval_is_the_wide_one() -> None:
-    # The closed form knows equal outputs on SGLang to 12 %; a gentle run tells its waves' rate well.
+def test_what_no_wave_serves_is_refuted() -> None:
+    verdict = rehearse(of_equal_outputs_on_sglang(1024, (0.8, 2.5)), 2)
+    assert verdict.outcome == "refuted"
+    assert verdict.ratio is not None and verdict.ratio.low > 1.6
+
+
+def test_a_stable_run_beyond_the_band_refutes_whatever_the_waves() -> None:
+    rates = (0.8, 1.12, 1.12, 1.12, 1.46, 2.0)
+    verdict = rehearse(of_equal_outputs_on_sglang(1365, rates, 355.0), 1)
+    assert any(run.verdict == "stable" and run.load > 1.1 for run in verdict.runs)
+    assert verdict.outcome == "refuted"
+
+
+def test_who_straddles_the_band_is_told_what_would_narrow_it() -> None:
     verdict = rehearse(of_equal_outputs_on_sglang(2048, (0.8, 1.1), 400.0), 1)
     assert verdict.headline == "the interval straddles the 10 % band"
-    assert verdict.advice[0].startswith(
-        "calibrate on an idle machine: the measured rate is known to 0.1 %, the predicted one to 11.8 %"
-    )
+    assert verdict.advice[0].startswith("use outputs that differ")
