@@ -11,8 +11,9 @@ from analysis.numbers.estimate import Estimate, ratio
 from analysis.verdicts.audit import binding_resource
 from analysis.verdicts.evidence import Evidence, Replicas, rounding
 from analysis.verdicts.identity import identity
-from analysis.verdicts.judge import Findings, decide, judge
+from analysis.verdicts.judge import judge
 from analysis.verdicts.replicas import APART, added_up, backlogs, slowest, whole_rate
+from analysis.verdicts.ruling import Findings, decide
 from analysis.verdicts.run_verdict import Capacity, judge_run
 from analysis.verdicts.verdict import Check, NamedEstimate, ReplicaRate, RunJudgement, Verdict
 from analysis.verdicts.verdict_tables import (
