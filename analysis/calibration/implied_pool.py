@@ -1,7 +1,7 @@
 """The pool that the occupancy during the probes implies: a server that lies is seen before any load.
 
-While a batch decodes, its lengths and its progress say how many blocks are resident; the engine's
-gauge says which share of its pool that is. The quotient is the pool.
+While a batch decodes, its lengths and its progress, by the engine's count of steps, say how many blocks
+are resident; the engine's gauge says which share of its pool that is. The quotient is the pool.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.calibration.probe_readings import ProbeResult
+from analysis.calibration.probes import Probe
 from analysis.numbers.estimate import Estimate, combined
 from analysis.schedulers.engine import EngineLimits, EngineSample
 
@@ -45,8 +46,9 @@ def _of_probe(result: ProbeResult, limits: EngineLimits) -> Estimate | None:
     ]
     first, last = np.array(batch, dtype=float).T
     begin, end = float(first.max()), float(last.min())
+    ended = _steps_counted(result.samples, last)
     used = [
-        (_resident_blocks(result, last, x, limits), x.kv_usage)
+        (_resident_blocks(probe, ended - x.steps, limits), x.kv_usage)
         for x in result.samples
         if x.read_ns >= begin and x.t_ns <= end and x.running == probe.count and not x.waiting
     ]
@@ -64,18 +66,14 @@ def _of_probe(result: ProbeResult, limits: EngineLimits) -> Estimate | None:
     )
 
 
-def _resident_blocks(
-    result: ProbeResult, last: np.ndarray, sample: EngineSample, limits: EngineLimits
-) -> float:
+def _resident_blocks(probe: Probe, steps_to_come: np.ndarray, limits: EngineLimits) -> float:
     """Whole blocks that hold prompts and outputs so far; the KV of the last output is not written.
 
     How far a request is, the engine's own count of steps until its end tells: a clock does not, as steps
     that computed the prompts of others lasted longer.
     """
-    probe = result.probe
-    to_come = _steps_counted(result.samples, last) - sample.steps
     ahead = 1 if limits.async_scheduling else 0
-    tokens = probe.prompt_tokens + probe.output_tokens - to_come - 1 + ahead
+    tokens = probe.prompt_tokens + probe.output_tokens - steps_to_come - 1 + ahead
     blocks = np.ceil((tokens[:, None] + PROGRESS_TOKENS) / limits.block_size)
     return float(blocks.mean(axis=1).sum())
 

@@ -13,14 +13,10 @@ from analysis.verdicts.identity import Identity
 from analysis.verdicts.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity
 from analysis.verdicts.second_opinion import FILL_RESIDENCES
 from analysis.verdicts.verdict import Check, Outcome, RunJudgement, agreement
+from analysis.verdicts.wave_advice import mend
 
 GENTLE_LOAD = 1.12
 """Of the predicted rate: an overload, or nearly one, that hardly feeds a server which keeps its fill."""
-VARY_OUTPUTS = (
-    "use outputs that differ: with equal ones there is no one rate to confirm within the band"
-)
-WAVES_SERVE = 1.6
-"""Times the closed form's rate: more than any waves serve, as all requests in one wave do 1.55."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +39,11 @@ class Findings:
     premises: tuple[Check, ...]
     best: Capacity | None
     audited: Identity | None
+
+    @property
+    def highest(self) -> float:
+        """The highest rate that a valid run offered, req/s."""
+        return max(j.arrival_rate for j in self.judgements if j.verdict != "invalid")
 
 
 def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -> Ruling:
@@ -72,32 +73,37 @@ def decide(found: Findings, measured: Estimate | None, share: Estimate | None) -
         reasons += (unsteady.text,)
     if answer == "inside":
         return _agreeing(found, measured, reasons)
-    if share.value > 1 and share.low < WAVES_SERVE and _fed_by_the_load(found):
-        return _fed(found, reasons)
+    if share.value > 1 and _fed_by_the_load(found, measured):
+        return _fed(found, found.best, reasons)
     if answer == "outside":
         return _refuted(found, found.best, share, reasons)
-    return _undecided(found, measured, share, reasons)
+    return _undecided(found, found.best, measured, share, reasons)
 
 
-def _fed_by_the_load(found: Findings) -> bool:
-    """May what was served be due to the overload itself, as no run so far above was stable?"""
+def _fed_by_the_load(found: Findings, measured: Estimate) -> bool:
+    """May what was served be due to the overload itself?
+
+    Not where a run far above was stable, nor for more than is served without any prefill step: waves,
+    however large, can save no more than these.
+    """
     evidence = found.evidence
     predicted = evidence.prediction.critical_rate.value
-    used = [j for j in found.judgements if j.verdict != "invalid"]
-    highest = max(j.arrival_rate for j in used)
-    far = [j for j in used if j.arrival_rate > (1 + evidence.theta) * predicted]
+    prefills = next((m.factor for m in evidence.mechanisms if m.name == "prefill steps"), 1.0)
     return (
         keeps_its_fill(evidence.workload, evidence.limits)
-        and highest > 1.001 * GENTLE_LOAD * predicted
-        and not any(j.verdict == "stable" for j in far)
+        and found.highest > 1.001 * GENTLE_LOAD * predicted
+        and measured.low < evidence.engine.critical_rate.value / prefills
+        and not any(
+            j.verdict == "stable" and j.arrival_rate > (1 + evidence.theta) * predicted
+            for j in found.judgements
+        )
     )
 
 
-def _fed(found: Findings, reasons: tuple[str, ...]) -> Ruling:
+def _fed(found: Findings, best: Capacity, reasons: tuple[str, ...]) -> Ruling:
     """Faster than predicted, where the rate that is served bounds the critical rate from above only."""
     evidence = found.evidence
-    highest = max(j.arrival_rate for j in found.judgements)
-    load = highest / evidence.prediction.critical_rate.value
+    load = load_label(found.highest / evidence.prediction.critical_rate.value)
     seconds = FILL_RESIDENCES * evidence.prediction.longest_residence_s
     return Ruling(
         "inconclusive",
@@ -105,11 +111,11 @@ def _fed(found: Findings, reasons: tuple[str, ...]) -> Ruling:
         (
             *reasons,
             "equal outputs stay in the waves in which they were admitted, and a wave shares its prefill "
-            f"step: {load_label(load)} of the predicted rate fills larger waves, which are served "
-            "faster than those just above the critical rate",
+            f"step: {load} of the predicted rate fills larger waves, which are served faster than those "
+            "just above the critical rate",
         ),
         (
-            VARY_OUTPUTS,
+            f"to mend the waves: {mend(evidence, best)}",
             "or come nearer with little overload, for long, and several fills: load.rates "
             f"[0.8, {GENTLE_LOAD}, {GENTLE_LOAD}, {GENTLE_LOAD}], load.horizon_s {seconds:.0f} or more",
         ),
@@ -135,15 +141,14 @@ def _invalid(found: Findings) -> Ruling | None:
 
 
 def _one_sided(found: Findings) -> Ruling:
-    highest = max(j.arrival_rate for j in found.judgements)
     return Ruling(
         "inconclusive",
         "the critical rate was not reached",
         (
             f"no valid run kept its queue non-empty for {MIN_BACKLOG_RESIDENCES:.0f} residence "
-            f"times; the highest rate offered was {highest:.3g} req/s",
+            f"times; the highest rate offered was {found.highest:.3g} req/s",
         ),
-        (f"add a rate above {1.3 * highest:.3g} req/s (load.rates)",),
+        (f"add a rate above {1.3 * found.highest:.3g} req/s (load.rates)",),
     )
 
 
@@ -165,10 +170,11 @@ def _agreeing(found: Findings, measured: Estimate, reasons: tuple[str, ...]) -> 
 
 
 def _undecided(
-    found: Findings, rate: Estimate, share: Estimate, reasons: tuple[str, ...]
+    found: Findings, best: Capacity, measured: Estimate, share: Estimate, reasons: tuple[str, ...]
 ) -> Ruling:
-    theta = found.evidence.theta
-    wide = found.evidence.prediction.critical_rate.at_level(0.90)
+    evidence, theta = found.evidence, found.evidence.theta
+    predicted = evidence.prediction.critical_rate
+    wide = predicted.at_level(0.90)
     if wide.half_width > theta * wide.value:
         return Ruling(
             "inconclusive",
@@ -179,18 +185,17 @@ def _undecided(
                 "on an idle machine, or longer",
             ),
         )
-    factor = max((share.half_width / (theta / 2)) ** 2, 1.5)
-    advice = f"lengthen the overloaded runs about {factor:.1f} times"
-    predicted, measured = (
-        100 * x.half_width / x.value for x in (found.evidence.prediction.critical_rate, rate)
-    )
-    if keeps_its_fill(found.evidence.workload, found.evidence.limits):
-        advice = VARY_OUTPUTS
-    elif predicted > measured:
+    of_measured, of_predicted = (100 * x.half_width / x.value for x in (measured, predicted))
+    if keeps_its_fill(evidence.workload, evidence.limits):
+        advice = f"to mend the waves: {mend(evidence, best)}"
+    elif of_predicted > of_measured:
         advice = (
-            f"calibrate on an idle machine: the measured rate is known to {measured:.1f} %, the "
-            f"predicted one to {predicted:.1f} %, by its calibration and the closed form's own error"
+            f"calibrate on an idle machine: the measured rate is known to {of_measured:.1f} %, the "
+            f"predicted one to {of_predicted:.1f} %, by its calibration and the closed form's own error"
         )
+    else:
+        factor = max((share.half_width / (theta / 2)) ** 2, 1.5)
+        advice = f"lengthen the overloaded runs about {factor:.1f} times"
     return Ruling(
         "inconclusive", f"the interval straddles the {100 * theta:.0f} % band", reasons, (advice,)
     )

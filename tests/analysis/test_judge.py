@@ -140,7 +140,7 @@ def test_waves_that_the_load_itself_made_refute_no_prediction() -> None:
     for verdict in found:
         assert verdict.headline == "what is served above the critical rate depends on the load"
         assert "1.35 of the predicted rate fills larger waves" in verdict.reasons[-1]
-        assert verdict.advice[0].startswith("use outputs that differ")
+        assert verdict.advice[0].startswith("to mend the waves: output lengths that differ")
 
 
 def test_a_smaller_pool_is_refuted_whatever_the_waves() -> None:
@@ -165,4 +165,4 @@ def test_a_stable_run_beyond_the_band_refutes_whatever_the_waves() -> None:
 def test_who_straddles_the_band_is_told_what_would_narrow_it() -> None:
     verdict = rehearse(of_equal_outputs_on_sglang(2048, (0.8, 1.1), 400.0), 1)
     assert verdict.headline == "the interval straddles the 10 % band"
-    assert verdict.advice[0].startswith("use outputs that differ")
+    assert verdict.advice[0].startswith("to mend the waves: output lengths that differ")

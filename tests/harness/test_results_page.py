@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from analysis.numbers.estimate import Estimate
+from harness.configs.config import load_config
 from harness.evidence.evidence_rows import SIMULATED, Row, read_row, simulate_set_law
 from harness.evidence.reference import MOST_BYTES
 from harness.evidence.results_page import line, page
@@ -103,6 +104,21 @@ def test_the_page_says_what_the_rows_say(rows: list[Row]) -> None:
     cells = tables[4][2].strip("| ").split(" | ")
     factors = [float(cell.split(" ")[0]) for cell in cells[1:10]]
     assert math.prod(factors[:-1]) == pytest.approx(factors[-1], rel=0.02)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_row_is_the_config_that_stands_there(folder: Path) -> None:
+    stands = ROOT / "configs" / "experiments" / f"{folder.name}.yaml"
+    assert load_config(folder / "config.yaml") == load_config(stands)
+
+
+def test_whose_prediction_is_the_wide_one_is_told_to_calibrate() -> None:
+    """A row whose rate is known to 0.8 % and its claim to 10.6 %: longer runs would not help it."""
+    verdict = read_row(ROOT / "results" / "reference" / "vllm_mixed_in_time").verdict
+    assert verdict.headline == "the interval straddles the 10 % band"
+    assert verdict.advice[0].startswith(
+        "calibrate on an idle machine: the measured rate is known to 0.8 %, the predicted one to 10.6 %"
+    )
 
 
 def test_the_readme_quotes_the_page() -> None:
