@@ -6,10 +6,10 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loadgen.request_record import Outcome, RequestRecord
+from loadgen.request_record import Outcome, RequestRecord, TokenRead
 
 ERROR_CHARACTERS = 300
 CONNECT_TIMEOUT_S = 60.0
@@ -116,11 +116,7 @@ class TokenStream:
 
     def usage_counts(self) -> tuple[int | None, int | None]:
         """Output and prompt tokens by the server's last usage; None where it sent none."""
-        for event in reversed(_events(self.usage)):
-            usage = event.get("usage")
-            if isinstance(usage, dict):
-                return usage.get("completion_tokens"), usage.get("prompt_tokens")
-        return None, None
+        return _counts(self.usage)
 
     def _complaint(self, what: str) -> str:
         """With the last line that is no content: where a server reports an error, it is there."""
@@ -128,6 +124,27 @@ class TokenStream:
         words = [line for line in lines if line and DONE not in line and not CONTENT.search(line)]
         said = words[-1].decode(errors="replace") if words else "it said nothing else"
         return f"stream ended early, {what}: {said}"[:ERROR_CHARACTERS]
+
+
+@dataclass(slots=True)
+class TimedStream(TokenStream):
+    """One that keeps the time of every read: for a probe, not for a load."""
+
+    _reads: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def feed(self, data: bytes, now_ns: int) -> None:
+        before = self.content_events
+        TokenStream.feed(self, data, now_ns)
+        if self.content_events > before:
+            self._reads.append((now_ns, self.usage))
+
+    def token_reads(self) -> tuple[TokenRead, ...]:
+        """When how many tokens were there, by the usage that came with them; without it, nothing.
+
+        Parsed here, as the tokens of other requests wait to be read while these come in.
+        """
+        counts = ((t_ns, _counts(usage)[0]) for t_ns, usage in self._reads)
+        return tuple(TokenRead(t_ns=t_ns, tokens=n) for t_ns, n in counts if n is not None)
 
 
 def record_of(
@@ -176,6 +193,14 @@ def wants_key(status: int) -> bool:
 def in_short(problem: BaseException) -> str:
     """An exception as the ``error`` of a record."""
     return f"{type(problem).__name__}: {problem}"[:ERROR_CHARACTERS]
+
+
+def _counts(data: bytes) -> tuple[int | None, int | None]:
+    for event in reversed(_events(data)):
+        usage = event.get("usage")
+        if isinstance(usage, dict):
+            return usage.get("completion_tokens"), usage.get("prompt_tokens")
+    return None, None
 
 
 def _events(data: bytes) -> list[dict[str, Any]]:

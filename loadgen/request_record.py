@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Outcome = Literal["completed", "rejected", "timed_out", "failed", "unfinished"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -46,3 +46,10 @@ class RequestRecord:
     def from_json(line: str | bytes) -> RequestRecord:
         data: dict[str, Any] = json.loads(line)
         return RequestRecord(**data)
+
+
+class TokenRead(NamedTuple):
+    """One read of a request's stream: by then so many of its tokens were out."""
+
+    t_ns: int
+    tokens: int

@@ -109,13 +109,26 @@ def _condition(number: float) -> str:
     return f"condition number {plain(round(number, 1))}: {said}"
 
 
+def undisturbed(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The observations that the law is of; older records mark none."""
+    return [o for o in record["observations"] if not o.get("disturbed", False)]
+
+
 def _scatter(record: Mapping[str, Any]) -> str:
     seen = record["observations"]
     designs = len({o["probe"] for o in seen})
-    return (
+    held = len(seen) - len(undisturbed(record))
+    text = (
         f"one probe lies {percent(record['fit']['residual_relative'], 2)} about the law; {len(seen)} "
         f"probes of {designs} designs in {record['duration_s']:.0f} s"
     )
+    if held:
+        share = record["fit"]["disturbed_share"]
+        text += (
+            f"; {held} of them, far off {'its' if held == 1 else 'their'} repeats, left out of the law: "
+            f"{percent(share)} of the probes' time was lost or hidden there, which every interval holds"
+        )
+    return text
 
 
 def _lack_of_fit(test: Mapping[str, Any] | None) -> str:
@@ -137,7 +150,7 @@ def _furthest_off(record: Mapping[str, Any]) -> str:
     test = record["fit"]["lack_of_fit"]
     if test is None or test["p_value"] >= FALSE_ALARM:
         return ""
-    seen = record["observations"]
+    seen = undisturbed(record)
     names = sorted({str(o["probe"]) for o in seen})
     _, off, _ = off_by_design(seen, names, record["fit"]["law"])
     furthest = sorted(zip(names, off, strict=True), key=lambda design: -abs(design[1]))[:FURTHEST]
@@ -168,9 +181,9 @@ def off_by_design(
 def _outside(record: Mapping[str, Any]) -> str:
     parts = []
     for key, name in (("tokens", "tokens"), ("kv_tokens", "KV"), ("running", "requests")):
-        most = max(o[key] / o["steps"] for o in record["observations"])
+        most = max(o[key] / o["steps"] for o in undisturbed(record))
         parts.append(f"{name} {record['saturated'][key] / most:.2f}")
-    slowest = max(o["duration_s"] / o["steps"] for o in record["observations"])
+    slowest = max(o["duration_s"] / o["steps"] for o in undisturbed(record))
     step = float(record["saturated"]["step_time_s"]["value"])
     return (
         f"over the most that a probe held per step: {', '.join(parts)}; over the slowest probe's step "

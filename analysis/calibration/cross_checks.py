@@ -121,7 +121,7 @@ def _agrees(ratio: Estimate) -> bool:
 def _counted_steps(pair: Pair) -> float | None:
     """Steps that the counter gained between two of its readings, over the client's in that time.
 
-    The readings are the first and the last between the observed request's first and last token.
+    The readings are the first and the last of the time that was observed.
     """
     result, seen = pair
     inside = [x for x in result.samples if x.read_ns >= seen.begin_ns and x.t_ns <= seen.end_ns]
@@ -166,18 +166,20 @@ def _iteration_log(pairs: Sequence[Pair]) -> list[CrossCheck]:
 
 
 def _own_iterations(pair: Pair) -> list[tuple[float, float]] | None:
-    """Tokens and seconds of the steps between the observed request's first and last token.
+    """Tokens and seconds of the steps that were observed.
 
-    It is the last to finish among those that decode, so they are the last ones that decode at all.
+    The request is the last to finish among those that decode: its steps are the last ones that decode.
     """
     result, seen = pair
     lines = result.told.iterations
     if not lines:
         return None
-    decoding = [i for i in lines if i.generation_requests > 0][-round(seen.steps) :]
-    if len(decoding) < round(seen.steps):
+    decoding = [i for i in lines if i.generation_requests > 0]
+    end = len(decoding) - round(seen.left_out_steps)
+    begin = end - round(seen.steps)
+    if begin < 0:
         return None
-    return [(i.generation_tokens + i.context_tokens, i.elapsed_s) for i in decoding]
+    return [(i.generation_tokens + i.context_tokens, i.elapsed_s) for i in decoding[begin:end]]
 
 
 def _logged_tokens(pair: Pair) -> float | None:
@@ -211,8 +213,11 @@ def _decode_step_s(result: ProbeResult) -> float | None:
 
 
 def _moment_time(pair: Pair) -> float | None:
-    step_s = _decode_step_s(pair[0])
-    return None if step_s is None else step_s * pair[1].steps / pair[1].duration_s
+    """The engine's sums are of all of a probe's steps: so is the client's time here."""
+    step_s, seen = _decode_step_s(pair[0]), pair[1]
+    if step_s is None:
+        return None
+    return step_s * (seen.steps + seen.left_out_steps) / (seen.duration_s + seen.left_out_s)
 
 
 def _moment_and_prompt_time(pair: Pair) -> float | None:
@@ -225,9 +230,10 @@ def _moment_and_prompt_time(pair: Pair) -> float | None:
     sent = [r.sent_ns for r in result.records if r.sent_ns is not None]
     if step_s is None or told.prefill_busy_s is None or not sent:
         return None
-    if any(r.first_token_ns is None or r.first_token_ns > seen.end_ns for r in result.records):
+    last_ns = seen.end_ns + 1e9 * seen.left_out_s
+    if any(r.first_token_ns is None or r.first_token_ns > last_ns for r in result.records):
         return None
-    took_s = (seen.end_ns - min(sent)) / 1e9
+    took_s = (last_ns - min(sent)) / 1e9
     return (step_s * (probe.output_tokens - 1) + told.prefill_busy_s) / took_s
 
 

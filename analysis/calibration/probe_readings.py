@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.calibration.disturbances import disturbed, disturbed_share
 from analysis.calibration.probes import BUDGET_STEPS, Probe
 from analysis.schedulers.engine import EngineLimits, EngineSample
 from analysis.schedulers.step_time import StepObservation, StepTime, StepTimeFit, fit_step_time
-from loadgen.records import RequestRecord
+from loadgen.request_record import RequestRecord, TokenRead
 
 READINGS = 3
 """Of the probes, each with the law that the one before gave; a fourth moves nothing that matters."""
@@ -54,6 +55,8 @@ class ProbeResult:
     records: tuple[RequestRecord, ...]
     samples: tuple[EngineSample, ...]
     told: EngineWord = EngineWord()
+    reads: tuple[tuple[TokenRead, ...], ...] = ()
+    """When the tokens of each request came, where the server counted them as they came."""
 
     @property
     def steps(self) -> int:
@@ -65,9 +68,13 @@ class ProbeResult:
 
 
 def read_probes(
-    probes: Sequence[tuple[str, Sequence[RequestRecord]]], prefill_chunk: int | None = None
+    probes: Sequence[tuple[str, Sequence[RequestRecord], Sequence[Sequence[TokenRead]]]],
+    prefill_chunk: int | None = None,
 ) -> tuple[StepTimeFit, list[StepObservation]]:
-    """The step-time law of probes that decoded, each with its design's name, and what each one says.
+    """The step-time law of probes that decoded, and what each one says.
+
+    Each has its design's name, its records and the times of their tokens (none: first and last alone).
+    Those that something held up are marked, and left out of the law.
 
     How many of a probe's steps held a request that was not there all the time depends on how long its
     steps took, which is what is asked for: so they are read again with the law that they gave.
@@ -76,24 +83,31 @@ def read_probes(
     law = ALIKE
     for _ in range(READINGS):
         seen = [
-            replace(step_observation(records, prefill_chunk, law), probe=name)
-            for name, records in probes
+            replace(step_observation(records, prefill_chunk, law, reads), probe=name)
+            for name, records, reads in probes
         ]
-        fit = fit_step_time(seen)
+        far = disturbed(seen)
+        seen = [replace(o, disturbed=bool(held)) for o, held in zip(seen, far, strict=True)]
+        fit = fit_step_time([o for o in seen if not o.disturbed])
         law = fit.law
-    return fit, seen
+    return replace(fit, disturbed_share=disturbed_share(seen)), seen
 
 
 def step_observation(
-    records: Sequence[RequestRecord], prefill_chunk: int | None = None, law: StepTime = ALIKE
+    records: Sequence[RequestRecord],
+    prefill_chunk: int | None = None,
+    law: StepTime = ALIKE,
+    reads: Sequence[Sequence[TokenRead]] = (),
 ) -> StepObservation:
     """The decode steps of the longest output (of those, the one that began last).
 
-    Between its first and last token lie exactly o - 1 steps, and, where prompts are computed in
-    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. What
-    the other requests add to those steps follows from the times of their own tokens: a prompt that
+    Between its first token and its n-th lie exactly n - 1 steps, and, where prompts are computed in
+    steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. The n-th is
+    the last that came before any of the batch ended, as ``reads`` tell it: ends are told late, many at
+    once, with their counts and reasons. Without such a token in the second half the last one stands.
+    What the other requests add to those steps follows from the times of their own tokens: a prompt that
     completes in between adds all its tokens to one step, a request that decodes alongside one token
-    and its context to each. The o - 1 steps lie in that time as ``law`` spreads them: fuller ones take
+    and its context to each. The n - 1 steps lie in that time as ``law`` spreads them: fuller ones take
     longer.
     """
     first = np.array([r.first_token_ns for r in records], dtype=float)
@@ -104,7 +118,13 @@ def step_observation(
     half_step_ns = (last[own] - first[own]) / (output[own] - 1) / 2
     # A client reads the tokens of one step one after another: the first read of each step tells its end.
     together = (output == output[own]) & (first > first[own] - half_step_ns)
-    begin, end = first[together].min(), last[together].min()
+    begin, end, steps = first[together].min(), last[together].min(), output[own] - 1
+    before = _before_the_ends(
+        [own_reads for own_reads, same in zip(reads, together, strict=False) if same],
+        last[output == output[own]].min() - half_step_ns,
+    )
+    if before is not None and before.tokens - 1 >= steps / 2:
+        end, steps = float(before.t_ns), before.tokens - 1.0
     if not end > begin:
         raise ValueError("all tokens of a probe came at one instant")
     start, stop = np.clip(first, begin, end), np.clip(last, begin, end)
@@ -117,24 +137,32 @@ def step_observation(
         (start, stop, held),
         np.where(joined, alone_steps, 0.0),
         np.where(joined, prompt, 0.0),
-        (end - begin) / (output[own] - 1),
+        (end - begin) / steps,
         law,
     )
-    position *= (output[own] - 1) / position[-1]
+    position *= steps / position[-1]
     shared = np.interp(stop, edges, position) - np.interp(start, edges, position)
     # Counted back from the end: what came before took steps of another length.
     ended = last <= end + half_step_ns
     resident = prompt + np.where(ended, output - 1 - shared / 2, progress) + 0.5
     return StepObservation(
         duration_s=(end - begin) / 1e9,
-        steps=float(output[own] - 1 + alone_steps[joined].sum()),
+        steps=float(steps + alone_steps[joined].sum()),
         tokens=float(shared.sum() + prompt[joined].sum()),
         kv_tokens=float((shared * resident).sum() + prompt[joined].sum()),
         running=float(shared.sum() + joined.sum()),
         begin_ns=int(begin),
         end_ns=int(end),
         joined_prompt_tokens=int(prompt[joined].sum()),
+        left_out_steps=float(output[own] - 1 - steps),
+        left_out_s=float(last[together].min() - end) / 1e9,
     )
+
+
+def _before_the_ends(reads: Sequence[Sequence[TokenRead]], ends_ns: float) -> TokenRead | None:
+    """The first read of the latest token that requests in step had before ``ends_ns``."""
+    early = [read for each in reads for read in each if read.t_ns < ends_ns]
+    return max(early, key=lambda read: (read.tokens, -read.t_ns), default=None)
 
 
 def _clock(

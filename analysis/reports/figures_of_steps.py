@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.calibration.calibration_lines import Floats, off_by_design
+from analysis.calibration.calibration_lines import Floats, off_by_design, undisturbed
 from analysis.numbers.estimate import Estimate
 from analysis.numbers.formatting import estimate_text
 from analysis.reports.figure_style import INK, MEASURED, MUTED, PREDICTED, WIDTH_IN, draw, spread
@@ -20,8 +20,10 @@ def step_time_figure(record: Mapping[str, Any]) -> str | None:
     None for a record without named designs. Bars are 95 % intervals of a design's mean, from the
     scatter of all repeats; the saturated point has its own.
     """
-    seen = [o for o in record.get("observations", ()) if o.get("probe")]
-    if not seen or "fit" not in record:
+    if "fit" not in record or not record.get("observations"):
+        return None
+    seen = [o for o in undisturbed(record) if o.get("probe")]
+    if not seen:
         return None
     names = list(dict.fromkeys(str(o["probe"]) for o in seen))
     fitted, off, half = off_by_design(seen, names, record["fit"]["law"])

@@ -70,6 +70,11 @@ class StepObservation:
     """On the client's clock, where it was measured there."""
     joined_prompt_tokens: int = 0
     """Prompt tokens of requests that came in between."""
+    left_out_steps: float = 0.0
+    left_out_s: float = 0.0
+    """From its end to the last token of the request that was observed."""
+    disturbed: bool = False
+    """Far off the repeats of its design: left out of the law."""
 
     def __post_init__(self) -> None:
         if not self.duration_s > 0 or not self.steps > 0:
@@ -102,6 +107,9 @@ class StepTimeFit:
     interval_dof: int = 0
     bends: tuple[Bend, ...] = ()
     """Where the law is not straight beyond chance."""
+    disturbed_share: float = 0.0
+    """Of the probes' time, what disturbances took: they may come again, so it is one more error of any
+    step time, as a fraction."""
 
     @property
     def widening(self) -> float:
@@ -118,8 +126,8 @@ class StepTimeFit:
     def combination(self, weights: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
         """Value and standard error of ``weights @ (b0, b1, b2, b3)``, in seconds.
 
-        The error holds that of the coefficients and, where the law bends, how far it leaves the
-        line at a step of these weights.
+        The error holds that of the coefficients, where the law bends how far it leaves the line at a
+        step of these weights, and the share of disturbances.
         """
         w = np.asarray(weights, dtype=np.float64)
         if w.shape != (4,):
@@ -129,12 +137,13 @@ class StepTimeFit:
     def errors(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """By how much independent errors of one sigma each move ``weights @ b``, in seconds.
 
-        Shape (4 + bends,). What two combinations have in common stands in the same places of both.
+        Shape (5 + bends,). What two combinations have in common stands in the same places of both.
         """
         variances, axes = np.linalg.eigh(self.covariance)
         linear = weights @ axes * np.sqrt(variances.clip(min=0.0))
         off = [b.off_s(weights) * self.widening if weights[0] > 0 else 0.0 for b in self.bends]
-        return np.concatenate([linear, off])
+        stalls = self.disturbed_share * float(weights @ self.law.coefficients())
+        return np.concatenate([linear, off, [stalls]])
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> StepTimeFit:

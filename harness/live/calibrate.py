@@ -120,7 +120,7 @@ async def calibrate(
         max_num_batched_tokens=budget,
         pool_shown_tokens=limits.pool_tokens,
         pool_implied=implied_pool([r for r in results if not r.preemptions], limits),
-        checks=cross_checks(pairs, fit),
+        checks=cross_checks([pair for pair in pairs if not pair[1].disturbed], fit),
         duration_s=time.monotonic() - begun,
         notes=notes,
     )
@@ -152,7 +152,7 @@ def _met(results: Sequence[ProbeResult], limits: EngineLimits) -> EngineLimits:
 def fitted(
     results: Sequence[ProbeResult], limits: EngineLimits
 ) -> tuple[StepTimeFit, list[tuple[ProbeResult, StepObservation]]]:
-    """The law of the probes that decoded undisturbed, and what the times of each one's tokens say.
+    """The law of the probes that decoded without preemption, and what each one's token times say.
 
     Raises CalibrationFailed where they give none.
     """
@@ -163,7 +163,9 @@ def fitted(
         if r.probe.output_tokens > 1 and not r.preemptions and r.probe.in_one_step(budget)
     ]
     try:
-        fit, seen = read_probes([(r.probe.name, r.records) for r in decoding], limits.prefill_chunk)
+        fit, seen = read_probes(
+            [(r.probe.name, r.records, r.reads) for r in decoding], limits.prefill_chunk
+        )
     except ValueError as error:
         raise CalibrationFailed(
             f"the probes give no step-time law ({error}); is there a proxy that buffers the stream, or "

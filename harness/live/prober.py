@@ -17,10 +17,10 @@ from analysis.schedulers.engine import EngineSample
 from harness.servers.engines import EngineFacts
 from harness.servers.step_sources import SourceReading, read_sources, told_between
 from loadgen.client import complete
-from loadgen.exchange import TokenStream
+from loadgen.exchange import TimedStream
 from loadgen.mendable import Mendable
 from loadgen.prompts import completion_body, make_prompts
-from loadgen.records import RequestRecord
+from loadgen.request_record import RequestRecord, TokenRead
 
 SAMPLE_INTERVAL_S = 0.05
 SETTLE_S = 0.15
@@ -60,7 +60,7 @@ class Prober:
         """Send one probe to the idle server and wait until it is idle again."""
         before, told_before = self._idle or await self._at_rest()
         self._idle = None
-        records = await self.send(probe, seed)
+        records, reads = await self.send(probe, seed)
         after, told_after = await self._at_rest()
         finished = after.finished - before.finished
         if finished != len(probe.lengths):
@@ -71,14 +71,25 @@ class Prober:
         self._idle = after, told_after
         during = (x for x in self.samples if before.t_ns <= x.t_ns <= after.t_ns)
         told = told_between(told_before, told_after, self.log)
-        return ProbeResult(probe=probe, records=tuple(records), samples=tuple(during), told=told)
+        return ProbeResult(
+            probe=probe,
+            records=tuple(records),
+            reads=tuple(reads),
+            samples=tuple(during),
+            told=told,
+        )
 
     async def _at_rest(self) -> tuple[EngineSample, SourceReading]:
         sample = await self.until_idle()
         return sample, await read_sources(self.session, self.url, self.facts, self.log)
 
-    async def send(self, probe: Probe, seed: int) -> list[RequestRecord]:
-        """All requests of a probe, the following prompts in turn; every one must complete."""
+    async def send(
+        self, probe: Probe, seed: int
+    ) -> tuple[list[RequestRecord], list[tuple[TokenRead, ...]]]:
+        """All requests of a probe, the following prompts in turn; every one must complete.
+
+        Returns their records and when their tokens came.
+        """
         lengths = probe.lengths
         prompts = make_prompts([prompt for prompt, _ in lengths], seed, self.vocabulary)
         bodies = [
@@ -86,7 +97,7 @@ class Prober:
             for prompt, (_, output) in zip(prompts, lengths, strict=True)
         ]
 
-        streams = [TokenStream() for _ in lengths]
+        streams = [TimedStream() for _ in lengths]
 
         async def one(index: int) -> RequestRecord:
             prompt, output = lengths[index]
@@ -137,7 +148,7 @@ class Prober:
                     f"{r.output_tokens_designed} tokens was {r.outcome} with {r.output_tokens} "
                     f"output tokens ({r.error or 'no error'})"
                 )
-        return records
+        return records, [stream.token_reads() for stream in streams]
 
     async def until_idle(self, timeout_s: float = IDLE_TIMEOUT_S) -> EngineSample:
         """The first sample read a little after now with nothing waiting or running."""

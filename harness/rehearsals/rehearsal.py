@@ -147,12 +147,12 @@ def calibrated(
     Also returned: the requests that they took.
     """
     probes = [p for p in design_probes(workload, shown) if p.output_tokens > 1]
-    seen: list[tuple[str, list[RequestRecord]]] = []
+    seen: list[tuple[str, list[RequestRecord], tuple[()]]] = []
     exact = [] if server.noise else [_probed(p, server, 0) for p in probes]
     for done in range(1, MAX_REPEATS + 1):
         for i, probe in enumerate(probes):
             records = exact[i] if exact else _probed(probe, server, int(rng.integers(2**32)))
-            seen.append((probe.name, _jittered(records, rng)))
+            seen.append((probe.name, _jittered(records, rng), ()))
         if done < REPEATS:
             continue
         fit, _ = read_probes(seen, shown.prefill_chunk)

@@ -193,9 +193,9 @@ def test_probes_read_with_their_own_law_give_that_of_the_server() -> None:
         arrivals = [0.0] * probe.count + [0.05 * (i + 1) for i in range(probe.prompts)]
         triples = np.array([(s, o, o) for s, o in lengths])
         records = simulate(limits, law, np.array(arrivals), triples, 600.0).records
-        probes.append((probe.name, records))
+        probes.append((probe.name, records, ()))
     fit, seen = read_probes(probes)
-    assert [each.probe for each in seen] == [name for name, _ in probes]
+    assert [each.probe for each in seen] == [name for name, *_ in probes]
     assert fit.law.coefficients() == pytest.approx(law.coefficients(), rel=0.02)
-    once = fit_step_time([step_observation(records) for _, records in probes])
+    once = fit_step_time([step_observation(records) for _, records, _ in probes])
     assert once.residual_relative > 10 * fit.residual_relative
