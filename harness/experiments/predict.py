@@ -23,6 +23,8 @@ SECOND_OPINION_REQUESTS = 3000
 NARROW = 0.4
 """A right prediction with such an interval, of 90 %, is confirmed in 98 % of experiments: its error must
 stay below 0.6 theta, 2.5 standard errors."""
+HARDLY_WIDER = 1.1
+"""Than with an exact step time: what else is unknown of the rate, no probe tells."""
 
 
 def predictions(
@@ -103,11 +105,18 @@ def prefill_chunk(config: ExperimentConfig, workload: Workload, limits: EngineLi
 def narrow_enough(
     config: ExperimentConfig, workload: Workload, limits: EngineLimits
 ) -> Callable[[StepTimeFit], bool]:
-    """Is the 90 % interval of what a fit predicts narrower than `NARROW` of the band of agreement?"""
+    """Is the 90 % interval of what a fit predicts narrower than `NARROW` of the band of agreement, or
+    hardly wider than that of the same law if it were exact?"""
+
+    def half_width(fit: StepTimeFit) -> tuple[float, float]:
+        rate = claimed(config, workload, limits, fit, "P1").critical_rate.at_level(0.90)
+        return rate.half_width, rate.value
 
     def enough(fit: StepTimeFit) -> bool:
-        rate = claimed(config, workload, limits, fit, "P1").critical_rate.at_level(0.90)
-        return rate.half_width < NARROW * config.theta * rate.value
+        width, rate = half_width(fit)
+        if width < NARROW * config.theta * rate:
+            return True
+        return width < HARDLY_WIDER * half_width(exact_step_time(fit.law))[0]
 
     return enough
 

@@ -11,6 +11,7 @@ from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.simulate import simulate
 from analysis.schedulers.step_time import StepTime, fit_step_time
 from analysis.theory.kv_demand import kv_demand_engine, residence_steps
+from loadgen.request_record import TokenRead
 from loadgen.workload import uniform
 
 LIMITS = EngineLimits(num_blocks=512, block_size=16, max_num_batched_tokens=2048)
@@ -28,6 +29,20 @@ def simulated(probe):
 
 def observe(probe):
     return step_observation(simulated(probe))
+
+
+def reads_of(run, interval=1):
+    """The tokens of a simulated batch whose prompts each fit one step: one a step, and a read of every
+    ``interval``-th."""
+    ends_ns = np.round(1e9 * (run.steps.start_s + run.steps.duration_s)).astype(int)
+    reads = []
+    for record in run.records:
+        begin = int(np.argmin(np.abs(ends_ns - record.first_token_ns)))
+        told = [n for n in range(record.output_tokens) if n % interval == 0]
+        told = sorted({*told, record.output_tokens - 1})
+        reads.append(tuple(TokenRead(int(ends_ns[begin + n]), n + 1) for n in told))
+        assert abs(reads[-1][-1].t_ns - record.last_token_ns) < 10
+    return reads
 
 
 def test_observations_reproduce_the_law_without_noise() -> None:
@@ -64,6 +79,47 @@ def test_how_long_a_client_reads_the_tokens_of_a_step_does_not_lengthen_it(read_
         true, seen = step_observation(records), step_observation(late)
         assert seen.duration_s == pytest.approx(true.duration_s, rel=1e-6), probe.name
         assert seen.tokens == pytest.approx(true.tokens, rel=0.02)
+
+
+@pytest.mark.parametrize("interval", [1, 8])
+def test_ends_that_are_told_late_do_not_change_the_steps_before_them(interval) -> None:
+    """Prompts over several steps: most of a batch ends in the same step, each end takes the server
+    0.2 ms to tell, and the request that is observed ends in one of the next."""
+    limits = replace(LIMITS, max_num_batched_tokens=512)
+    apart = 0
+    for probe in design_probes(WORKLOAD, limits):
+        if probe.output_tokens == 1 or probe.prompts or probe.count == 1:
+            continue
+        lengths = np.array([(probe.prompt_tokens, *[probe.output_tokens] * 2)] * probe.count)
+        run = simulate(limits, LAW, np.zeros(probe.count), lengths, 600.0)
+        reads = reads_of(run, interval)
+        late = [
+            replace(r, last_token_ns=r.last_token_ns + 200_000 * probe.count) for r in run.records
+        ]
+        seen = step_observation(late, law=LAW, reads=reads)
+        held = np.array([seen.steps, seen.tokens, seen.kv_tokens, seen.running])
+        assert seen.duration_s == pytest.approx(held @ LAW.coefficients(), rel=1e-3), probe.name
+        last = max(r.output_tokens for r in run.records) - 1
+        assert last - interval - 12 <= seen.steps < last
+        assert seen.steps + seen.left_out_steps == last
+        without = step_observation(late, law=LAW)
+        held = np.array([without.steps, without.tokens, without.kv_tokens, without.running])
+        assert without.left_out_steps == 0 and without.steps == last
+        apart += abs(without.duration_s / (held @ LAW.coefficients()) - 1) > 3e-3
+    assert apart >= 3
+
+
+def test_a_token_of_the_first_half_tells_too_little() -> None:
+    probe = next(p for p in design_probes(WORKLOAD, LIMITS) if p.name == "short")
+    lengths = np.array([(probe.prompt_tokens, *[probe.output_tokens] * 2)] * probe.count)
+    run = simulate(LIMITS, LAW, np.zeros(probe.count), lengths, 600.0)
+    whole = step_observation(run.records)
+    for reads in (
+        [each[: probe.output_tokens // 3] for each in reads_of(run)],
+        [each[-1:] for each in reads_of(run)],
+        [() for _ in run.records],
+    ):
+        assert step_observation(run.records, reads=reads) == whole
 
 
 def test_the_probes_tell_the_four_terms_apart() -> None:

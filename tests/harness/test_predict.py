@@ -1,16 +1,20 @@
 """Predictions without a server: the paper's, mixed regimes, and what has no closed form."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from analysis.numbers.estimate import Estimate
+from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.step_time import StepTimeFit, exact_step_time
 from harness.configs.config import ConfigError, ExperimentConfig, load_config
 from harness.experiments import predict
-from harness.experiments.predict import offline_predictions
+from harness.experiments.predict import claimed, narrow_enough, offline_predictions
 from tests.harness.program import exit_status
 
 PAPER = Path(__file__).resolve().parents[2] / "configs" / "paper"
@@ -124,3 +128,27 @@ def test_what_has_no_closed_form_is_one_sentence(sections: dict[str, Any], tmp_p
     message = "^no prediction of claim engine: .* every output is one token"
     with pytest.raises(ConfigError, match=message):
         offline_predictions(config_of(tmp_path, sections))
+
+
+@pytest.mark.parametrize("name", ["vllm_uniform_1_1", "sglang_may_end"])
+def test_probes_go_on_while_they_narrow_the_prediction(name: str) -> None:
+    """SGLang's reservation is not known to two fifths of the band: no probe tells more of it."""
+    config = load_config(PAPER.parent / "experiments" / f"{name}.yaml")
+    assert config.server is not None and config.server.launch is not None
+    launch, law = config.server.launch, config.law()
+    assert launch.pool_tokens is not None and launch.step_time is not None
+    sglang = SGLangRules(radix_cache=False) if launch.runs == "sglang" else None
+    block = launch.block_size or 1
+    limits = EngineLimits(num_blocks=launch.pool_tokens // block, block_size=block, sglang=sglang)
+    exact = exact_step_time(launch.step_time.law())
+    enough = narrow_enough(config, law, limits)
+
+    def known_to(share: float) -> StepTimeFit:
+        """Every coefficient has this relative standard error."""
+        errors = share * exact.law.coefficients()
+        return replace(exact, covariance=np.diag(errors**2))
+
+    rate = claimed(config, law, limits, exact, "P1").critical_rate.at_level(0.90)
+    assert (rate.half_width > predict.NARROW * config.theta * rate.value) == (sglang is not None)
+    assert not enough(known_to(0.05))
+    assert enough(known_to(0.005)) and enough(exact)

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from loadgen.client import complete, open_session
-from loadgen.exchange import TokenStream
+from loadgen.exchange import TimedStream, TokenStream
 from loadgen.prompts import completion_body
 
 pytestmark = pytest.mark.live
@@ -239,3 +239,27 @@ def test_any_division_into_reads_gives_the_same_counts(size, line_end):
     assert stream.usage_counts() == (3, 11)
     assert stream.content_events == 3
     assert 0 <= stream.first_token_ns <= stream.last_token_ns
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+def test_a_timed_stream_says_when_how_many_tokens_were_there(size):
+    data = b"".join(event(n) for n in (1, 9, 17)) + event(20, "length") + last_usage(20) + DONE
+    stream, ends = TimedStream(), {}
+    for now_ns, start in enumerate(range(0, len(data), size)):
+        stream.feed(data[start : start + size], now_ns)
+        for tokens in (1, 9, 17, 20):
+            if f'"completion_tokens":{tokens},'.encode() in data[: start + size]:
+                ends.setdefault(tokens, now_ns)
+    reads = stream.token_reads()
+    # A read that ends amid an event has it not yet; the one that completes it follows at once.
+    assert [read.tokens for read in reads] == sorted({read.tokens for read in reads})
+    assert reads[-1].tokens == 20
+    assert all(ends[read.tokens] <= read.t_ns <= ends[read.tokens] + 80 for read in reads)
+    assert size > 64 or len(reads) == 4
+
+
+def test_a_timed_stream_without_counts_says_nothing():
+    stream = TimedStream()
+    for now_ns in range(3):
+        stream.feed(event(now_ns + 1, usage=False), now_ns)
+    assert stream.content_events == 3 and stream.token_reads() == ()
