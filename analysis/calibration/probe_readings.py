@@ -16,6 +16,8 @@ from loadgen.request_record import RequestRecord, TokenRead
 
 READINGS = 3
 """Of the probes, each with the law that the one before gave; a fourth moves nothing that matters."""
+LAST_TOKENS = 0.25
+"""Of a request's tokens, the last that may end what is timed."""
 ALIKE = StepTime(b0_s=1.0)
 """All steps take the same time: what a first reading has to go by."""
 
@@ -103,12 +105,14 @@ def step_observation(
 
     Between its first token and its n-th lie exactly n - 1 steps, and, where prompts are computed in
     steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. The n-th is
-    the last that came before any of the batch ended, as ``reads`` tell it: ends are told late, many at
-    once, with their counts and reasons. Without such a token in the second half the last one stands.
-    What the other requests add to those steps follows from the times of their own tokens: a prompt that
-    completes in between adds all its tokens to one step, a request that decodes alongside one token
-    and its context to each. The n - 1 steps lie in that time as ``law`` spreads them: fuller ones take
-    longer.
+    among the last that came before any of the batch ended, as ``reads`` tell it: ends are told late,
+    many at once, with their counts and reasons. Without such a token in the second half the last one
+    stands.
+
+    What the other requests add to those steps follows from the times of their own tokens: a prompt
+    that completes in between adds all its tokens to one step, a request that decodes alongside one
+    token and its context to each. The n - 1 steps lie in that time as ``law`` spreads them: fuller ones
+    take longer.
     """
     first = np.array([r.first_token_ns for r in records], dtype=float)
     last = np.array([r.last_token_ns for r in records], dtype=float)
@@ -160,9 +164,19 @@ def step_observation(
 
 
 def _before_the_ends(reads: Sequence[Sequence[TokenRead]], ends_ns: float) -> TokenRead | None:
-    """The first read of the latest token that requests in step had before ``ends_ns``."""
+    """Of the last tokens that requests in step had before ``ends_ns``, the read least late.
+
+    A read is late or in time, never early.
+    """
     early = [read for each in reads for read in each if read.t_ns < ends_ns]
-    return max(early, key=lambda read: (read.tokens, -read.t_ns), default=None)
+    if not early:
+        return None
+    first, last = min(early), max(early, key=lambda read: (read.tokens, -read.t_ns))
+    pace_ns = (last.t_ns - first.t_ns) / max(last.tokens - first.tokens, 1)
+    late = [
+        r for r in early if last.tokens - r.tokens <= LAST_TOKENS * (last.tokens - first.tokens)
+    ]
+    return min(late, key=lambda read: read.t_ns - pace_ns * read.tokens)
 
 
 def _clock(

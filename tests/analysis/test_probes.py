@@ -98,15 +98,36 @@ def test_ends_that_are_told_late_do_not_change_the_steps_before_them(interval) -
         ]
         seen = step_observation(late, law=LAW, reads=reads)
         held = np.array([seen.steps, seen.tokens, seen.kv_tokens, seen.running])
-        assert seen.duration_s == pytest.approx(held @ LAW.coefficients(), rel=1e-3), probe.name
+        assert seen.duration_s == pytest.approx(held @ LAW.coefficients(), rel=2e-3), probe.name
         last = max(r.output_tokens for r in run.records) - 1
-        assert last - interval - 12 <= seen.steps < last
+        assert 0.7 * (last - interval - 12) <= seen.steps < last
         assert seen.steps + seen.left_out_steps == last
         without = step_observation(late, law=LAW)
         held = np.array([without.steps, without.tokens, without.kv_tokens, without.running])
         assert without.left_out_steps == 0 and without.steps == last
         apart += abs(without.duration_s / (held @ LAW.coefficients()) - 1) > 3e-3
     assert apart >= 3
+
+
+def test_a_token_that_is_read_late_does_not_end_what_is_timed() -> None:
+    """Each read of the last ten waits with one in two, up to half a step."""
+    rng = np.random.default_rng(12)
+    for probe in design_probes(WORKLOAD, LIMITS):
+        if probe.output_tokens == 1 or probe.prompts:
+            continue
+        lengths = np.array([(probe.prompt_tokens, *[probe.output_tokens] * 2)] * probe.count)
+        run = simulate(LIMITS, LAW, np.zeros(probe.count), lengths, 600.0)
+        waits = [int(rng.uniform(0, 8e6)) if rng.random() < 0.5 else 0 for _ in range(10)]
+        reads = [
+            (
+                *each[:-10],
+                *(TokenRead(r.t_ns + w, r.tokens) for r, w in zip(each[-10:], waits, strict=True)),
+            )
+            for each in reads_of(run)
+        ]
+        seen = step_observation(run.records, law=LAW, reads=reads)
+        held = np.array([seen.steps, seen.tokens, seen.kv_tokens, seen.running])
+        assert seen.duration_s == pytest.approx(held @ LAW.coefficients(), rel=1e-3), probe.name
 
 
 def test_a_token_of_the_first_half_tells_too_little() -> None:
