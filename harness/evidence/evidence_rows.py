@@ -22,11 +22,13 @@ from analysis.verdicts.verdict import Verdict
 from harness.configs.config import ExperimentConfig, load_config
 from harness.configs.launch import PACE_LOG
 from harness.experiments.analyse import load_evidence
-from harness.experiments.predict import SECOND_OPINION_REQUESTS, prefill_chunk
+from harness.experiments.predict import prefill_chunk
 from harness.records.store import Store
 from harness.records.streams import of_replica
 
 SIMULATED = "simulated.json"
+REQUESTS = 20_000
+"""Of a simulation: at the 3 000 of a prediction it may be known less well than what was measured."""
 """Rate of the scheduler model under the law that an engine was set to: made later, decides nothing."""
 
 
@@ -136,7 +138,7 @@ def simulate_set_law(store: Store) -> Estimate | None:
         evidence.workload,
         evidence.limits,
         launch.step_time.law(),
-        requests=SECOND_OPINION_REQUESTS,
+        requests=REQUESTS,
         seed=config.load.seed,
     ).scaled(config.server.count)
 
