@@ -15,9 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import ndtr
 
-from analysis.numbers.quantiles import normal_density
 from analysis.schedulers.engine import EngineLimits
 from loadgen.workload import Workload
 
@@ -27,41 +25,18 @@ LATTICE = 2048
 """Points on which the law of X is put to convolve it; its mean is kept exactly."""
 
 
-def heads_uncovered(workload: Workload, declared: Floats, x: float, ratio: float) -> float:
-    """Passes of admission that admit somebody, per request, while the pool is what limits.
+def heads_uncovered(workload: Workload, declared: Floats, x: float) -> float:
+    """Passes of admission that admit somebody, per request, while the pool is what limits and every
+    output to come is set aside.
 
-    ``declared`` is X per support point, shape (n,); ``x`` the completions per decode step, ``ratio``
-    the share rho of the outputs to come that is set aside.
+    ``declared`` is X per support point, shape (n,); ``x`` the completions per decode step.
     """
     law, width = _on_lattice(declared, workload.weight)
     size = LATTICE * 2 ** math.ceil(math.log2(8 + 4 * x))
     completed = np.fft.irfft(np.exp(x * (np.fft.rfft(law, size) - 1)), size)
     longer = np.clip(1 - np.cumsum(completed)[: len(law)], 0, 1)
     beyond = np.clip(1 - np.cumsum(law), 0, 1)
-    renewal = float((longer * beyond).sum()) * width / workload.mean(declared) / x
-    if ratio == 1.0:
-        return renewal
-    return (renewal + _bursts(workload, declared, x, ratio)) / 2
-
-
-def _bursts(workload: Workload, declared: Floats, x: float, ratio: float) -> float:
-    """The same in the limit of many small completions, where admissions come in bursts.
-
-    A head is asked for s + d but afterwards takes only a = s + rho d, so that room for one is soon
-    room for the next. The room A is then a diffusion with drift x a and variance x E[(s + o)^2] per
-    decode step, and a pass that finds A > E[X] = b admits A / b requests. Its stationary density is
-    exponential below b and normal above.
-    """
-    s, o, d = workload.prompt_tokens, workload.output_tokens, workload.max_tokens
-    b = workload.mean(declared)
-    a = min(workload.mean(s + ratio * d), b)
-    variance = x * workload.mean((s + o) ** 2)
-    passes = -math.expm1(-x)
-    below = variance / (2 * x * a)
-    centre, sd = x * b / passes, math.sqrt(variance * b / (2 * passes * a))
-    lift = (centre - b) / sd
-    above = sd * float(ndtr(lift) / normal_density(lift))
-    return above / (above + below) * passes / x
+    return float((longer * beyond).sum()) * width / workload.mean(declared) / x
 
 
 def steps_per_pass(workload: Workload, limits: EngineLimits, prompts: float) -> float:

@@ -10,22 +10,24 @@ demand, and
 
 which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three further terms:
 
-* *Room that cannot be used.* The head of the queue is asked for N tokens, s + d, or s when looking
-  ahead, and keeps a = s + rho d of them: room lies anywhere in [N - a, N] while it waits, so that
-  u = E[a (2 N - a)] / (2 E[a]); with N = a = X = s + d that is E[X^2] / (2 E[X]).
+* *Room that cannot be used.* With everything set aside, the head of the queue is asked for N tokens,
+  s + d, or s when looking ahead, and keeps X = s + d of them: room lies anywhere in [N - X, N] while it
+  waits, so that u = E[X (2 N - X)] / (2 E[X]); with N = X that is E[X^2] / (2 E[X]).
 * *Prefill steps.* Prompts are computed when a request leaves and the head then fits: see
   `analysis.theory.prefill_passes`.
 * *rho.* Requests that may end early count with ``new_token_ratio``, which falls to its floor unless
-  the pool overflows first; see `saturated_ratio`.
+  the pool overflows first. Both terms above then come from `analysis.theory.room_walk`; see `saturated`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import cumulative_trapezoid
 
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.engine import EngineLimits, SGLangRules
@@ -40,18 +42,23 @@ from analysis.theory.kv_demand import rounded_sum
 from analysis.theory.operating_point import Demand, Operation, Point, cut_off, forms_cohorts
 from analysis.theory.prediction import CeilingName
 from analysis.theory.prefill_passes import heads_uncovered, passes_in_a_row, steps_per_pass
+from analysis.theory.room_walk import COMPLETIONS, Charges, Room, play, ruin_exponent
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]
 
-OVERFLOW_SHARE = 0.05
-"""Share of the decode steps' completions after which a pool without spare room would overflow."""
-
 MODEL_ERROR = 0.01
 """Relative standard deviation of the closed form against `analysis.schedulers.sglang` under
 saturation, where the whole output is set aside and ten or more run: at most 1.2 % off in 18 settings."""
-MODEL_ERROR_RATIO = 0.04
-"""The same where the ratio decides: 3.2 % (root mean square) in 16 settings."""
+MODEL_ERROR_RATIO = 0.015
+"""The same where the ratio decides: 0.9 % (root mean square) in 45 settings, and 1.0 % in 40 more, drawn at
+random."""
+SETTLED = 3
+"""Rounds in which a walk and its rate agree."""
+BELOW_ALL = 0.99
+"""Of the outputs to come: with all of them set aside nothing grows into free room."""
+TOOTH_POINTS = 5
+"""Ratios between floor and jump at which the pool is looked at."""
 MODEL_ERROR_FIXED = 0.06
 """The same for fixed lengths: those that were admitted together also leave together, so that the
 number of prefill steps depends on how the batch was filled. Fed from empty the critical rate was
@@ -86,6 +93,8 @@ class Reserving:
 class ReservedDemand:
     """What one request takes, per support point of the law, shape (n,)."""
 
+    ratio: float
+    """Share rho of the outputs to come that is set aside."""
     decode_kv: Floats
     """Token-steps of whole pages held in decode steps."""
     reserved: Floats
@@ -205,6 +214,7 @@ def reserved_demand(workload: Workload, limits: EngineLimits, ratio: float) -> R
     to_come = declared_to_come(workload, limits.sglang)
     ahead = looks_ahead(workload, limits)
     return ReservedDemand(
+        ratio=ratio,
         decode_kv=(rounded_sum(s + o - 1, page) - rounded_sum(s, page)).astype(float),
         reserved=held + ratio * to_come,
         to_come=to_come,
@@ -234,11 +244,13 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
         raise ValueError(f"{workload.name}: every output is one token, so that no step decodes")
     alone = float(workload.weight[workload.output_tokens == 1].sum())
     law = _decoding(workload)
-    ratio = 1.0 if sets_all_aside(law, limits) else saturated_ratio(law, limits)
-    demand = reserved_demand(law, limits, ratio)
+    tooth = None if sets_all_aside(law, limits) else saturated(workload, limits)
+    demand = reserved_demand(law, limits, 1.0 if tooth is None else tooth.ratio)
     in_batch = law.mean(demand.decode_steps)
-    # A request that fits an empty pool always finds one.
-    by_pool = max(usable_tokens(law, limits, demand) / law.mean(demand.reserved), 1 / in_batch)
+    if tooth is None:
+        by_pool = _by_pool(law, demand, usable_tokens(law, limits, demand))
+    else:
+        by_pool = tooth.requests
     ceilings: dict[CeilingName, float] = {
         "kv_cache": limits.pool_tokens / law.mean(demand.decode_kv),
         "output_reservation": limits.pool_tokens / law.mean(demand.reserved),
@@ -251,7 +263,8 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
         running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
         x = running / in_batch
     by_rows = -math.expm1(-x) / x
-    events = share * heads_uncovered(law, demand.declared, x, ratio) + (1 - share) * by_rows
+    by_room = heads_uncovered(law, demand.declared, x) if tooth is None else tooth.passes
+    events = share * by_room + (1 - share) * by_rows
     passes = events * (1 - alone) * passes_in_a_row(alone, events * (1 - alone))
     return Reserving(
         requests=x / (1 - alone),
@@ -259,7 +272,7 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
         ceilings={name: ceiling / (1 - alone) for name, ceiling in ceilings.items()},
         running=x * in_batch,
         prefill_steps=passes * steps_per_pass(workload, limits, max(1 / passes, 1.0)),
-        ratio=ratio,
+        ratio=demand.ratio,
         memory_share=share,
     )
 
@@ -281,9 +294,35 @@ def _decoding(workload: Workload) -> Workload:
 
 def usable_tokens(workload: Workload, limits: EngineLimits, demand: ReservedDemand) -> float:
     """The pool less the room u that the head of the queue leaves; see the module."""
+    if demand.ratio < 1:
+        return limits.pool_tokens - _walked(workload, limits, demand)[1].unused_tokens
     kept = demand.kept
     u = workload.mean(kept * (2 * demand.asked - kept)) / (2 * workload.mean(kept))
     return limits.pool_tokens - u
+
+
+def _by_pool(law: Workload, demand: ReservedDemand, usable: float) -> float:
+    """Requests per decode step that so many usable tokens allow."""
+    # A request that fits an empty pool always finds one.
+    return max(usable / law.mean(demand.reserved), 1 / law.mean(demand.decode_steps))
+
+
+def _walked(law: Workload, limits: EngineLimits, demand: ReservedDemand) -> tuple[float, Room]:
+    """Requests per decode step that the pool allows where only a share is set aside, and its room."""
+    x = _by_pool(law, demand, limits.pool_tokens)
+    for _ in range(SETTLED):
+        room = play(law, _charges(demand), x)
+        x = _by_pool(law, demand, limits.pool_tokens - room.unused_tokens)
+    return x, room
+
+
+def _charges(demand: ReservedDemand) -> Charges:
+    return Charges(
+        asked=demand.asked,
+        charged=demand.declared,
+        kept=demand.kept,
+        released=demand.kept + (1 - demand.ratio) * demand.decode_steps,
+    )
 
 
 def second_moment_of_reserved(workload: Workload, demand: ReservedDemand) -> float:
@@ -295,44 +334,64 @@ def second_moment_of_reserved(workload: Workload, demand: ReservedDemand) -> flo
 # -- new_token_ratio -------------------------------------------------------------------------------
 
 
-def saturated_ratio(workload: Workload, limits: EngineLimits) -> float:
-    """Mean ``new_token_ratio`` under saturation, for requests that do not ignore the end of text.
+@dataclass(frozen=True, slots=True)
+class SawTooth:
+    """A pool under saturation while ``new_token_ratio`` falls, and jumps when it overflows; means over
+    the decode steps."""
 
-    It falls by a fixed amount each decode step. With the share rho of the outputs to come spare,
-    the pool overflows when the batch outgrows that room: without admissions the room is a random
-    walk that the batch lowers and completions raise, with drift x E[s] and variance
-    x E[(s + o)^2] per decode step, so that the chance falls as exp(-2 spare E[s] / E[(s + o)^2]).
-    An overflow lifts the ratio to what the batch has generated over what it declared. The mean is
-    that of the saw tooth in between.
+    ratio: float
+    requests: float
+    """Completions per decode step."""
+    passes: float
+    """Passes of admission that admit somebody, per request."""
+
+
+@lru_cache(maxsize=256)
+def saturated(workload: Workload, limits: EngineLimits) -> SawTooth:
+    """The saw tooth of ``new_token_ratio``, for requests that do not ignore the end of text.
+
+    It falls by a fixed amount each decode step, down to a floor. The pool overflows when the batch
+    outgrows the share rho of the outputs to come that is spare: as often as the walk of the room falls
+    below nothing, times the chance exp(-eta rho T) that it falls on by that spare room, T the outputs to
+    come of all that run (`analysis.theory.room_walk`). An overflow lifts the ratio to what the batch has
+    generated over what it declared. So in one tooth the ratio is seen at rho for as long as it takes to
+    fall past it, if it has not jumped before, and at the floor until the next overflow.
     """
-    rules = limits.sglang
+    law, rules = _decoding(workload), limits.sglang
     assert rules is not None
     initial = min(INITIAL_RATIO * rules.schedule_conservativeness, 1.0)
     least = initial * MIN_RATIO_FACTOR
     fall = (initial - least) / RATIO_DECAY_STEPS
-    s, o = workload.prompt_tokens, workload.output_tokens
-    jump = _ratio_after_retraction(workload)
-    ratio = least
-    for _ in range(20):
-        demand = reserved_demand(workload, limits, ratio)
-        x = usable_tokens(workload, limits, demand) / workload.mean(demand.reserved)
-        spare = x * workload.mean(demand.to_come)
-        slope = 2 * spare * workload.mean(s) / workload.mean((s + o) ** 2)
-        reached = slope * fall / (OVERFLOW_SHARE * x) + math.exp(-slope * jump)
-        overflow_at = -math.log(reached) / slope
-        if overflow_at <= least:
-            # Time at the floor until the pool overflows, beside the time of the fall.
-            at_floor = math.exp(min(slope * least, 50.0)) / (OVERFLOW_SHARE * x)
-            falling = max(jump - least, 0.0) / fall
-            mean = (at_floor * least + falling * (jump + least) / 2) / (at_floor + falling)
-        else:
-            mean = (max(jump, overflow_at) + overflow_at) / 2
-        ratio = (ratio + mean) / 2
-    return ratio
+    to_come = law.mean(reserved_demand(law, limits, least).to_come)
+
+    def at(ratio: float) -> tuple[float, float, float]:
+        """Requests, passes and overflows per decode step."""
+        demand = reserved_demand(law, limits, min(ratio, BELOW_ALL))
+        x, room = _walked(law, limits, demand)
+        eta = ruin_exponent(law, _charges(demand))
+        overdrawn = max(room.overdrawn, 1 / COMPLETIONS)
+        return x, room.passes, overdrawn * math.exp(-eta * ratio * x * to_come)
+
+    floor = at(least)
+    jump = max(_ratio_after_overflow(law, least * to_come), least)
+    ratios = np.linspace(least, jump, TOOTH_POINTS)
+    found = np.array([floor, *(at(float(ratio)) for ratio in ratios[1:])])
+    x, passes, overflows = found.T
+    # From the jump down: the chance that no overflow came before.
+    risk = cumulative_trapezoid(overflows[::-1] / fall, -ratios[::-1], initial=0)[::-1]
+    weight = np.exp(-risk) * np.gradient(ratios) / fall
+    weight[[0, -1]] /= 2
+    weight[0] += math.exp(-float(risk[0])) / overflows[0]
+    weight /= weight.sum()
+    mean_x = float(weight @ x)
+    return SawTooth(float(weight @ ratios), mean_x, float(weight @ (x * passes)) / mean_x)
 
 
-def _ratio_after_retraction(workload: Workload) -> float:
-    """(generated + 20 per request) / declared over the batch, at its mean."""
+def _ratio_after_overflow(workload: Workload, outgrown_tokens: float) -> float:
+    """(generated + 20 per request) / declared over the batch, at its mean.
+
+    Before it overflows it grows by ``outgrown_tokens`` per completion of a decode step.
+    """
     o, d = workload.output_tokens, workload.max_tokens
     generated = workload.mean(o * (o - 1) / 2) + RETRACT_DECODE_STEPS * workload.mean(o - 1)
-    return min(generated / workload.mean((o - 1) * d), 1.0)
+    return min((generated + outgrown_tokens) / workload.mean((o - 1) * d), 1.0)

@@ -130,9 +130,9 @@ def test_what_has_no_closed_form_is_one_sentence(sections: dict[str, Any], tmp_p
         offline_predictions(config_of(tmp_path, sections))
 
 
-@pytest.mark.parametrize("name", ["vllm_uniform_1_1", "sglang_may_end"])
+@pytest.mark.parametrize("name", ["vllm_uniform_1_1", "sglang_fixed"])
 def test_probes_go_on_while_they_narrow_the_prediction(name: str) -> None:
-    """SGLang's reservation is not known to two fifths of the band: no probe tells more of it."""
+    """SGLang's waves are not known to two fifths of the band: no probe tells more of them."""
     config = load_config(PAPER.parent / "experiments" / f"{name}.yaml")
     assert config.server is not None and config.server.launch is not None
     launch, law = config.server.launch, config.law()
