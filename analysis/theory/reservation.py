@@ -51,8 +51,8 @@ MODEL_ERROR = 0.01
 """Relative standard deviation of the closed form against `analysis.schedulers.sglang` under
 saturation, where the whole output is set aside and ten or more run: at most 1.2 % off in 18 settings."""
 MODEL_ERROR_RATIO = 0.015
-"""The same where the ratio decides: 0.9 % (root mean square) in 45 settings, and 1.0 % in 40 more, drawn at
-random."""
+"""The same where the ratio decides: 0.9 % (root mean square) in 45 settings, and 1.0 % in 39 more,
+drawn at random."""
 SETTLED = 3
 """Rounds in which a walk and its rate agree."""
 BELOW_ALL = 0.99

@@ -16,7 +16,6 @@ the adjustment coefficient of ruin theory (Cramer and Lundberg), whatever the ra
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +28,8 @@ Floats = NDArray[np.float64]
 
 COMPLETIONS = 20_000
 """Of a walk: what it says of x then scatters by 0.3 %."""
-SPARE_HEADS = 1.2
-"""As many heads of the queue are drawn: the walk takes as many as complete, but for chance."""
+SPARE_HEADS = 2
+"""Times as many heads of the queue are drawn: the walk takes as many as complete, but for chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +65,23 @@ def play(workload: Workload, charges: Charges, x: float, seed: int = 0) -> Room:
     """
     rng = np.random.default_rng(seed)
     cumulative = np.cumsum(workload.weight)
-    completed = rng.poisson(x, math.ceil(COMPLETIONS / x))
-    steps, total = len(completed), int(completed.sum())
+    # A Poisson number in each step; steps without any are not listed.
+    instants = np.cumsum(rng.exponential(1 / x, COMPLETIONS))
+    at, completed = np.unique(np.floor(instants), return_counts=True)
+    steps = float(at[-1]) + 1
 
     def drawn(count: int) -> NDArray[np.int64]:
-        at = np.searchsorted(cumulative, rng.random(count) * cumulative[-1])
-        return np.asarray(at.clip(max=len(cumulative) - 1))
+        points = np.searchsorted(cumulative, rng.random(count) * cumulative[-1])
+        return np.asarray(points.clip(max=len(cumulative) - 1))
 
-    freed = np.concatenate([[0.0], np.cumsum(charges.released[drawn(total)])])
+    freed = np.concatenate([[0.0], np.cumsum(charges.released[drawn(COMPLETIONS)])])
     ends = np.cumsum(completed)
-    at = np.flatnonzero(completed)
-    heads = drawn(round(SPARE_HEADS * total) + 1000)
+    heads = drawn(SPARE_HEADS * COMPLETIONS)
     asked, charged, kept = (
         c[heads].tolist() for c in (charges.asked, charges.charged, charges.kept)
     )
     per_step = float(freed[-1]) / steps - x * workload.mean(charges.kept)
-    given = (freed[ends[at]] - freed[ends[at] - completed[at]]).tolist()
+    given = (freed[ends] - freed[ends - completed]).tolist()
     waits = np.diff(at, prepend=-1).tolist()
     room = area = 0.0
     head = passes = overdrawn = 0
