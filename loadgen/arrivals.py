@@ -15,7 +15,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from loadgen.processes import (
     Gamma,
@@ -115,6 +114,9 @@ def weibull(rate_per_s: float, cv: float, horizon_s: float, seed: int) -> NDArra
 @cache
 def weibull_shape(cv: float) -> float:
     """The k of a Weibull law of this coefficient of variation: 1 + cv^2 = G(1 + 2/k) / G(1 + 1/k)^2."""
+
+    # Not at the top: it takes longer to import than the rest of a client together.
+    from scipy.optimize import brentq
 
     def excess(shape: float) -> float:
         return math.lgamma(1 + 2 / shape) - 2 * math.lgamma(1 + 1 / shape) - math.log1p(cv**2)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from loadgen.workload import Workload, percent, stated
 
@@ -203,12 +202,20 @@ def _correlation_of_logs(correlation: float, cv_s: float, cv_o: float) -> float:
     return math.log1p(correlation * cv_s * cv_o) / sigmas
 
 
+def _normal_distribution(z: Floats) -> Floats:
+    # Not at the top: a client that draws no lengths would wait for it.
+    from scipy.special import ndtr
+
+    return np.asarray(ndtr(z))
+
+
 def _rounded(what: str, mu: float, sigma: float, low: int, high: int) -> Binned:
     """The law of the nearest integer within bounds, in bins; probabilities do not sum to 1."""
     values = np.arange(low, high + 1, dtype=np.int64)
     z = (np.log(np.arange(low, high + 2) - 0.5) - mu) / sigma
     # Differences on the side of the smaller tail keep their digits.
-    probability = np.where(z[:-1] > 0, ndtr(-z[:-1]) - ndtr(-z[1:]), ndtr(z[1:]) - ndtr(z[:-1]))
+    upper, lower = _normal_distribution(-z), _normal_distribution(z)
+    probability = np.where(z[:-1] > 0, upper[:-1] - upper[1:], lower[1:] - lower[:-1])
     kept = probability > NEGLIGIBLE * probability.max()
     if probability.sum() < LEAST_MASS:
         raise ValueError(f"{what}: less than one in a million lies within [{low}, {high}]")
@@ -235,7 +242,7 @@ def _joint(z_s: Floats, z_o: Floats, probability: Floats, rho: float) -> Floats:
     scale = math.sqrt(1 - rho**2)
     joint = np.zeros((len(probability), len(z_o) - 1))
     for node in range(QUADRATURE_NODES):
-        below = ndtr((z_o[None, :] - rho * z[:, node, None]) / scale)
+        below = _normal_distribution((z_o[None, :] - rho * z[:, node, None]) / scale)
         joint += density[:, node, None] * np.diff(below, axis=1)
     return joint
 

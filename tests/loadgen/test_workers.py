@@ -209,9 +209,15 @@ def alive(pid):
         return False
 
 
-def test_a_worker_imports_only_what_it_needs():
-    heavy = "numpy", "aiohttp", "pandas", "scipy", "pydantic", "multiprocessing"
-    code = f"import sys, loadgen.worker; print([m for m in {heavy} if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("worker", ("numpy", "aiohttp", "pandas", "scipy", "pydantic", "multiprocessing")),
+        ("drive", ("pandas", "scipy", "pydantic", "multiprocessing")),
+    ],
+)
+def test_a_generator_imports_only_what_it_needs(module, heavy):
+    code = f"import sys, loadgen.{module}; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
