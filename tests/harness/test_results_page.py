@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from analysis.numbers.estimate import Estimate
+from analysis.verdicts.judge import judge
 from harness.configs.config import load_config
 from harness.evidence.evidence_rows import SIMULATED, Row, read_row, simulate_set_law
 from harness.evidence.reference import MOST_BYTES
@@ -113,11 +115,17 @@ def test_the_row_is_the_config_that_stands_there(folder: Path) -> None:
 
 
 def test_whose_prediction_is_the_wide_one_is_told_to_calibrate() -> None:
-    """A row whose rate is known to 0.8 % and its claim to 10.6 %: longer runs would not help it."""
-    verdict = read_row(ROOT / "results" / "reference" / "vllm_mixed_in_time").verdict
+    """A row whose claim is widened to 10.6 %: longer runs would not help it."""
+    row = read_row(ROOT / "results" / "reference" / "vllm_distserve_law")
+    predicted = row.evidence.prediction
+    wide = Estimate.log_normal(1.03 * predicted.critical_rate.value, 0.0514, "req/s", "")
+    verdict = judge(replace(row.evidence, prediction=replace(predicted, critical_rate=wide)))
+    assert verdict.measured is not None
+    known = 100 * verdict.measured.half_width / verdict.measured.value
     assert verdict.headline == "the interval straddles the 10 % band"
     assert verdict.advice[0].startswith(
-        "calibrate on an idle machine: the measured rate is known to 0.8 %, the predicted one to 10.6 %"
+        f"calibrate on an idle machine: the measured rate is known to {known:.1f} %, the predicted one "
+        f"to {100 * wide.half_width / wide.value:.1f} %"
     )
 
 
