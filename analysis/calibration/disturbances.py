@@ -16,7 +16,7 @@ from analysis.numbers.quantiles import normal_quantile
 from analysis.schedulers.step_time import StepObservation
 
 WIDTHS = 8.0
-"""So many standard deviations of a repeat, of a normal scatter one calibration in 2 000 has one."""
+"""So many standard deviations of a repeat."""
 LEAST = 0.05
 """Of its design's median: what a probe is off by at least."""
 MOST = 0.1
@@ -28,17 +28,23 @@ REPEATS = 3
 def disturbed(observations: Sequence[StepObservation]) -> NDArray[np.bool_]:
     """Which of them lie far off the repeats of their design, shape (n,).
 
-    The scatter is that of the median of what repeats are off by, in all designs; the repeat nearest to
-    its median, which is mostly the median itself, does not count.
+    The scatter is that of the median of what repeats are off by, in all designs or among the others of
+    its own where that is larger; the repeat nearest to its median, which is mostly the median itself,
+    does not count.
     """
-    off = off_repeats(observations)
+    size = np.abs(off_repeats(observations))
     names = np.array([o.probe for o in observations])
-    rest = [np.sort(np.abs(off[names == name]))[1:] for name in np.unique(names)]
-    enough = np.array([np.sum(names == name) >= REPEATS for name in names], dtype=bool)
-    if not enough.any():
-        return np.zeros(len(observations), dtype=bool)
-    scatter = float(np.median(np.concatenate(rest))) / normal_quantile(0.75)
-    far = enough & (np.abs(off) > max(WIDTHS * scatter, LEAST))
+    far, rest = np.zeros(len(size), dtype=bool), np.empty(0)
+    for name in np.unique(names):
+        rest = np.append(rest, np.sort(size[names == name])[1:])
+    for name in np.unique(names):
+        own = np.flatnonzero(names == name)
+        if len(own) < REPEATS:
+            continue
+        for i in own:
+            others = np.sort(size[own[own != i]])[1:]
+            scatter = max(np.median(rest), np.median(others)) / normal_quantile(0.75)
+            far[i] = size[i] > max(WIDTHS * scatter, LEAST)
     return far if far.sum() <= MOST * len(far) else np.zeros_like(far)
 
 

@@ -17,7 +17,7 @@ from loadgen.request_record import RequestRecord, TokenRead
 READINGS = 3
 """Of the probes, each with the law that the one before gave; a fourth moves nothing that matters."""
 LAST_TOKENS = 0.25
-"""Of a request's tokens, the last that may end what is timed."""
+"""Of a request's tokens, the last whose mean ends what is timed."""
 ALIKE = StepTime(b0_s=1.0)
 """All steps take the same time: what a first reading has to go by."""
 
@@ -105,9 +105,9 @@ def step_observation(
 
     Between its first token and its n-th lie exactly n - 1 steps, and, where prompts are computed in
     steps of their own of at most ``prefill_chunk`` tokens, those of the prompts in between. The n-th is
-    among the last that came before any of the batch ended, as ``reads`` tell it: ends are told late,
-    many at once, with their counts and reasons. Without such a token in the second half the last one
-    stands.
+    the mean of the last quarter that came before any of the batch ended, as ``reads`` tell it: ends are
+    told late, many at once, with their counts and reasons. Without such tokens in the second half the
+    last one stands.
 
     What the other requests add to those steps follows from the times of their own tokens: a prompt
     that completes in between adds all its tokens to one step, a request that decodes alongside one
@@ -122,13 +122,13 @@ def step_observation(
     half_step_ns = (last[own] - first[own]) / (output[own] - 1) / 2
     # A client reads the tokens of one step one after another: the first read of each step tells its end.
     together = (output == output[own]) & (first > first[own] - half_step_ns)
-    begin, end, steps = first[together].min(), last[together].min(), output[own] - 1
-    before = _before_the_ends(
-        [own_reads for own_reads, same in zip(reads, together, strict=False) if same],
-        last[output == output[own]].min() - half_step_ns,
-    )
-    if before is not None and before.tokens - 1 >= steps / 2:
-        end, steps = float(before.t_ns), before.tokens - 1.0
+    begin, end = first[together].min(), last[together].min()
+    in_step = [each for each, same in zip(reads, together, strict=False) if same]
+    begun = _count_at(in_step, begin + half_step_ns)
+    before = _before_the_ends(in_step, last[output == output[own]].min() - half_step_ns)
+    steps = output[own] - begun
+    if before is not None and before[1] - begun >= steps / 2:
+        end, steps = before[0], before[1] - begun
     if not end > begin:
         raise ValueError("all tokens of a probe came at one instant")
     start, stop = np.clip(first, begin, end), np.clip(last, begin, end)
@@ -158,25 +158,33 @@ def step_observation(
         begin_ns=int(begin),
         end_ns=int(end),
         joined_prompt_tokens=int(prompt[joined].sum()),
-        left_out_steps=float(output[own] - 1 - steps),
+        left_out_steps=float(output[own] - begun - steps),
         left_out_s=float(last[together].min() - end) / 1e9,
     )
 
 
-def _before_the_ends(reads: Sequence[Sequence[TokenRead]], ends_ns: float) -> TokenRead | None:
-    """Of the last tokens that requests in step had before ``ends_ns``, the read least late.
+def _count_at(reads: Sequence[Sequence[TokenRead]], until_ns: float) -> int:
+    """Tokens that the earliest read of requests in step brought; 1 where none came until then, as a
+    server counts at the end alone."""
+    first = min((each[0] for each in reads if each), default=None)
+    return 1 if first is None or first.t_ns > until_ns else first.tokens
 
-    A read is late or in time, never early.
+
+def _before_the_ends(
+    reads: Sequence[Sequence[TokenRead]], ends_ns: float
+) -> tuple[float, float] | None:
+    """Mean instant and mean number of the last tokens that requests in step had before ``ends_ns``.
+
+    Of each token the read that came first tells when. The mean of several, as one read may be late.
     """
-    early = [read for each in reads for read in each if read.t_ns < ends_ns]
-    if not early:
+    came: dict[int, int] = {}
+    for read in (read for each in reads for read in each if read.t_ns < ends_ns):
+        came[read.tokens] = min(read.t_ns, came.get(read.tokens, read.t_ns))
+    if not came:
         return None
-    first, last = min(early), max(early, key=lambda read: (read.tokens, -read.t_ns))
-    pace_ns = (last.t_ns - first.t_ns) / max(last.tokens - first.tokens, 1)
-    late = [
-        r for r in early if last.tokens - r.tokens <= LAST_TOKENS * (last.tokens - first.tokens)
-    ]
-    return min(late, key=lambda read: read.t_ns - pace_ns * read.tokens)
+    first, last = min(came), max(came)
+    late = [n for n in came if last - n <= LAST_TOKENS * (last - first)]
+    return float(np.mean([came[n] for n in late])), float(np.mean(late))
 
 
 def _clock(

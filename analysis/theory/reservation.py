@@ -50,15 +50,17 @@ Floats = NDArray[np.float64]
 MODEL_ERROR = 0.01
 """Relative standard deviation of the closed form against `analysis.schedulers.sglang` under
 saturation, where the whole output is set aside and ten or more run: at most 1.2 % off in 18 settings."""
-MODEL_ERROR_RATIO = 0.015
-"""The same where the ratio decides: 0.9 % (root mean square) in 45 settings, and 1.0 % in 39 more,
-drawn at random."""
+MODEL_ERROR_RATIO = 0.012
+"""The same where the ratio decides: `scripts/known_truth --set-aside`."""
 SETTLED = 3
 """Rounds in which a walk and its rate agree."""
 BELOW_ALL = 0.99
 """Of the outputs to come: with all of them set aside nothing grows into free room."""
-TOOTH_POINTS = 5
-"""Ratios between floor and jump at which the pool is looked at."""
+TOOTH_WALKS, TOOTH_POINTS = 5, 200
+"""Ratios between floor and jump at which the room is walked, and over which one tooth is summed: the
+overflows fall exponentially."""
+LEAST_CHANCE, LONGEST = 1e-300, 300.0
+"""An overflow that never comes; logarithm of the decode steps until it does."""
 MODEL_ERROR_FIXED = 0.06
 """The same for fixed lengths: those that were admitted together also leave together, so that the
 number of prefill steps depends on how the batch was filled. Fed from empty the critical rate was
@@ -68,6 +70,8 @@ MODEL_ERROR_LOOKING = 0.08
 MODEL_ERROR_ALONE = 0.15
 """Added to these, over the number running, as whole requests fit or do not: 14 % off with one, 6 %
 with 1.4, 1 % with 2.7."""
+MODEL_ERROR_ALONE_RATIO = 0.4
+"""The same where the ratio decides: what fell due for few comes in swells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ class ReservedDemand:
     """a: tokens that are held and set aside right after admission."""
     declared: Floats
     """X: the prompt and the whole declared output."""
+    shed: Floats
+    """Tokens by which what is to come falls from admission to the end."""
     decode_steps: Floats
 
 
@@ -191,7 +197,8 @@ def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> 
         error = MODEL_ERROR_FIXED
     elif looks_ahead(workload, limits) and found.ratio < 1:
         error = MODEL_ERROR_LOOKING
-    return math.hypot(error, MODEL_ERROR_ALONE / found.running)
+    alone = MODEL_ERROR_ALONE if found.ratio == 1 else MODEL_ERROR_ALONE_RATIO
+    return math.hypot(error, alone / found.running)
 
 
 def declared_to_come(workload: Workload, rules: SGLangRules) -> Floats:
@@ -210,7 +217,8 @@ def reserved_demand(workload: Workload, limits: EngineLimits, ratio: float) -> R
     s, o, page = workload.prompt_tokens, workload.output_tokens, limits.block_size
     held = rounded_sum(s + o - 2, page) - rounded_sum(s - 1, page)
     prompt = -(-s // page) * page
-    declared = np.minimum(workload.max_tokens, limits.sglang.clip_max_new_tokens)
+    clip = limits.sglang.clip_max_new_tokens
+    declared = np.minimum(workload.max_tokens, clip)
     to_come = declared_to_come(workload, limits.sglang)
     ahead = looks_ahead(workload, limits)
     return ReservedDemand(
@@ -221,6 +229,7 @@ def reserved_demand(workload: Workload, limits: EngineLimits, ratio: float) -> R
         asked=(prompt + page + (0 if ahead else declared)).astype(float),
         kept=np.where(o > 1, prompt + page + ratio * declared, 0.0),
         declared=(prompt + page + declared).astype(float),
+        shed=(declared - np.minimum(workload.max_tokens - o + 1, clip)).astype(float),
         decode_steps=(o - 1).astype(float),
     )
 
@@ -255,13 +264,9 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
         "kv_cache": limits.pool_tokens / law.mean(demand.decode_kv),
         "output_reservation": limits.pool_tokens / law.mean(demand.reserved),
     }
-    x, share = by_pool, 1.0
+    x, share = _in_rows(law, limits, demand, by_pool)
     if limits.max_num_seqs is not None:
         ceilings["max_num_seqs"] = limits.max_num_seqs / in_batch
-        spread = second_moment_of_reserved(law, demand) / in_batch
-        cv2 = spread / (law.mean(demand.reserved) / in_batch) ** 2 - 1
-        running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
-        x = running / in_batch
     by_rows = -math.expm1(-x) / x
     by_room = heads_uncovered(law, demand.declared, x) if tooth is None else tooth.passes
     events = share * by_room + (1 - share) * by_rows
@@ -321,7 +326,7 @@ def _charges(demand: ReservedDemand) -> Charges:
         asked=demand.asked,
         charged=demand.declared,
         kept=demand.kept,
-        released=demand.kept + (1 - demand.ratio) * demand.decode_steps,
+        released=demand.kept + demand.decode_steps - demand.ratio * demand.shed,
     )
 
 
@@ -346,7 +351,7 @@ class SawTooth:
     """Passes of admission that admit somebody, per request."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def saturated(workload: Workload, limits: EngineLimits) -> SawTooth:
     """The saw tooth of ``new_token_ratio``, for requests that do not ignore the end of text.
 
@@ -365,26 +370,43 @@ def saturated(workload: Workload, limits: EngineLimits) -> SawTooth:
     to_come = law.mean(reserved_demand(law, limits, least).to_come)
 
     def at(ratio: float) -> tuple[float, float, float]:
-        """Requests, passes and overflows per decode step."""
+        """Requests, passes and the logarithm of overflows, per decode step."""
         demand = reserved_demand(law, limits, min(ratio, BELOW_ALL))
         x, room = _walked(law, limits, demand)
-        eta = ruin_exponent(law, _charges(demand))
-        overdrawn = max(room.overdrawn, 1 / COMPLETIONS)
-        return x, room.passes, overdrawn * math.exp(-eta * ratio * x * to_come)
+        admitted, share = _in_rows(law, limits, demand, x)
+        # Rows that are all taken leave the room to those who have them.
+        overdrawn = share * max(room.overdrawn, x / COMPLETIONS)
+        falls = ruin_exponent(law, _charges(demand)) * ratio * admitted * to_come
+        return x, room.passes, math.log(max(overdrawn, LEAST_CHANCE)) - falls
 
     floor = at(least)
     jump = max(_ratio_after_overflow(law, least * to_come), least)
+    walked = np.linspace(least, jump, TOOTH_WALKS)
+    found = np.array([floor, *(at(float(ratio)) for ratio in walked[1:])])
     ratios = np.linspace(least, jump, TOOTH_POINTS)
-    found = np.array([floor, *(at(float(ratio)) for ratio in ratios[1:])])
-    x, passes, overflows = found.T
+    x, passes, overflows = (np.interp(ratios, walked, column) for column in found.T)
     # From the jump down: the chance that no overflow came before.
-    risk = cumulative_trapezoid(overflows[::-1] / fall, -ratios[::-1], initial=0)[::-1]
+    risk = cumulative_trapezoid(np.exp(overflows[::-1]) / fall, -ratios[::-1], initial=0)[::-1]
     weight = np.exp(-risk) * np.gradient(ratios) / fall
     weight[[0, -1]] /= 2
-    weight[0] += math.exp(-float(risk[0])) / overflows[0]
+    weight[0] += math.exp(min(-float(overflows[0]), LONGEST) - float(risk[0]))
     weight /= weight.sum()
     mean_x = float(weight @ x)
     return SawTooth(float(weight @ ratios), mean_x, float(weight @ (x * passes)) / mean_x)
+
+
+def _in_rows(
+    law: Workload, limits: EngineLimits, demand: ReservedDemand, by_pool: float
+) -> tuple[float, float]:
+    """Requests per decode step where so many fit the pool, and the share of time in which the pool, not
+    the number of rows, stops admission."""
+    if limits.max_num_seqs is None:
+        return by_pool, 1.0
+    in_batch = law.mean(demand.decode_steps)
+    spread = second_moment_of_reserved(law, demand) / in_batch
+    cv2 = spread / (law.mean(demand.reserved) / in_batch) ** 2 - 1
+    running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
+    return running / in_batch, share
 
 
 def _ratio_after_overflow(workload: Workload, outgrown_tokens: float) -> float:

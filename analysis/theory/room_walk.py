@@ -41,7 +41,7 @@ class Room:
     passes: float
     """Passes of admission that admit somebody, per request."""
     overdrawn: float
-    """How often per decode step the room falls below nothing."""
+    """How often per decode step the room falls below nothing, once between two admissions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +59,7 @@ class Charges:
 
 
 def play(workload: Workload, charges: Charges, x: float, seed: int = 0) -> Room:
-    """The walk under ``x`` completions per decode step.
-
-    What a step takes is set so that it has no drift.
-    """
+    """The walk under ``x`` completions per decode step; what it admits keeps it where it is."""
     rng = np.random.default_rng(seed)
     cumulative = np.cumsum(workload.weight)
     # A Poisson number in each step; steps without any are not listed.
@@ -80,23 +77,27 @@ def play(workload: Workload, charges: Charges, x: float, seed: int = 0) -> Room:
     asked, charged, kept = (
         c[heads].tolist() for c in (charges.asked, charges.charged, charges.kept)
     )
-    per_step = float(freed[-1]) / steps - x * workload.mean(charges.kept)
+    per_step = x * workload.mean(charges.released - charges.kept)
     given = (freed[ends] - freed[ends - completed]).tolist()
     waits = np.diff(at, prepend=-1).tolist()
     room = area = 0.0
     head = passes = overdrawn = 0
+    above = True
     for steps_since, back in zip(waits, given, strict=True):
         # Each of these steps takes its share; with the last one somebody completes.
         area += steps_since * room - per_step * steps_since * (steps_since - 1) / 2
-        before, room = room, room - per_step * steps_since
-        overdrawn += room < 0 <= before
+        room -= per_step * steps_since
+        if above and room < 0:
+            # Once until somebody is admitted: the chance to fall on holds what comes back meanwhile.
+            overdrawn, above = overdrawn + 1, False
         room += back
         left, first = room, head
         while asked[head] <= left:
             left -= charged[head]
             room -= kept[head]
             head += 1
-        passes += head > first
+        if head > first:
+            passes, above = passes + 1, True
     return Room(area / steps, passes / max(head, 1), overdrawn / steps)
 
 
@@ -108,7 +109,7 @@ def ruin_exponent(workload: Workload, charges: Charges) -> float:
         raise ValueError(f"{workload.name}: no request decodes")
 
     def drift(eta: float) -> float:
-        return 1 - workload.mean(np.exp(-eta * released)) - eta * grown
+        return -workload.mean(np.expm1(-eta * released)) - eta * grown
 
     # Positive just above 0, as more is released than was grown; negative from 1 / E[grown] on.
     least = 1e-6 * workload.mean(charges.kept) / workload.mean(released * released)

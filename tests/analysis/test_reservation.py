@@ -132,6 +132,24 @@ def test_the_ratio_falls_to_its_floor_in_a_large_pool_and_is_lifted_in_a_small_o
     assert saturated(law, limits(8192)).ratio > 0.2
 
 
+@pytest.mark.parametrize("rows", [None, 256])
+def test_a_pool_that_never_overflows_stays_at_the_floor(rows: int | None) -> None:
+    """Millions of tokens, requests of a hundred: an overflow is as likely as e to minus thousands."""
+    bounds = limits(4_000_000, max_num_seqs=rows)
+    law = early(uniform((80, 120), (80, 120)), 4.0)
+    assert saturated(law, bounds).ratio == pytest.approx(0.098, abs=1e-9)
+    assert reserving(law, bounds).running == pytest.approx(rows or 21_270, rel=0.01)
+
+
+def test_where_rows_bind_the_pool_overflows_less() -> None:
+    """The scheduler model with 36 rows: a ratio of 0.195 and 35.2 running; without: 0.40, 34.6."""
+    law = early(WIDE)
+    free, bound = (reserving(law, limits(4096, max_num_seqs=rows)) for rows in (None, 36))
+    assert free.ratio == pytest.approx(0.41, abs=0.03)
+    assert bound.ratio < 0.27
+    assert bound.running == pytest.approx(35.2, abs=0.4)
+
+
 @pytest.mark.parametrize(
     ("law", "tokens"),
     [
