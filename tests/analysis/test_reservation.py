@@ -141,6 +141,11 @@ def test_a_pool_that_never_overflows_stays_at_the_floor(rows: int | None) -> Non
     assert reserving(law, bounds).running == pytest.approx(rows or 21_270, rel=0.01)
 
 
+def test_the_walk_says_the_same_every_time() -> None:
+    found = [saturated.__wrapped__(early(WIDE), limits(4096)) for _ in range(2)]
+    assert found[0] == found[1]
+
+
 def test_where_rows_bind_the_pool_overflows_less() -> None:
     """The scheduler model with 36 rows: a ratio of 0.195 and 35.2 running; without: 0.40, 34.6."""
     law = early(WIDE)
