@@ -34,11 +34,10 @@ def disturbed(observations: Sequence[StepObservation]) -> NDArray[np.bool_]:
     """
     size = np.abs(off_repeats(observations))
     names = np.array([o.probe for o in observations])
-    far, rest = np.zeros(len(size), dtype=bool), np.empty(0)
-    for name in np.unique(names):
-        rest = np.append(rest, np.sort(size[names == name])[1:])
-    for name in np.unique(names):
-        own = np.flatnonzero(names == name)
+    designs = [np.flatnonzero(names == name) for name in np.unique(names)]
+    rest = np.concatenate([np.sort(size[own])[1:] for own in designs])
+    far = np.zeros(len(size), dtype=bool)
+    for own in designs:
         if len(own) < REPEATS:
             continue
         for i in own:
@@ -60,8 +59,8 @@ def off_repeats(observations: Sequence[StepObservation]) -> NDArray[np.float64]:
 
 def disturbed_share(observations: Sequence[StepObservation]) -> float:
     """What those marked as disturbed were off by, over the time that all of them took."""
-    off = np.abs(off_repeats(observations))
+    off = off_repeats(observations)
     took_s = np.array([o.duration_s for o in observations])
     marked = np.array([o.disturbed for o in observations], dtype=bool)
-    undisturbed_s = took_s / (1.0 + off_repeats(observations))
-    return float((off * undisturbed_s)[marked].sum() / took_s.sum())
+    undisturbed_s = took_s / (1.0 + off)
+    return float(np.abs(took_s - undisturbed_s)[marked].sum() / took_s.sum())
