@@ -81,7 +81,7 @@ def test_rooms_are_passed_in_order(package: str) -> None:
         assert not below(package, path) & set(later), f"{path}: turns back from a later room"
 
 
-PLAYED = ("second_opinion.py", "room_walk.py")
+PLAYED = ("second_opinion.py", "room_walk.py", "wave_walk.py")
 """They play a model from a seed that is given: the same comes of the same."""
 
 

@@ -17,6 +17,9 @@ which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three
   `analysis.theory.prefill_passes`.
 * *rho.* Requests that may end early count with ``new_token_ratio``, which falls to its floor unless
   the pool overflows first. Both terms above then come from `analysis.theory.room_walk`; see `saturated`.
+
+Equal outputs have no operating point: where all is set aside `analysis.theory.wave_walk` says what they
+are served.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from analysis.theory.operating_point import Demand, Operation, Point, cut_off, f
 from analysis.theory.prediction import CeilingName
 from analysis.theory.prefill_passes import heads_uncovered, passes_in_a_row, steps_per_pass
 from analysis.theory.room_walk import COMPLETIONS, Charges, Room, play, ruin_exponent
+from analysis.theory.wave_walk import FILLS, Admission, waves
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -61,10 +65,12 @@ TOOTH_WALKS, TOOTH_POINTS = 5, 200
 overflows fall exponentially."""
 LEAST_CHANCE, LONGEST = 1e-300, 300.0
 """An overflow that never comes; logarithm of the decode steps until it does."""
-MODEL_ERROR_FIXED = 0.06
-"""The same for fixed lengths: those that were admitted together also leave together, so that the
-number of prefill steps depends on how the batch was filled. Fed from empty the critical rate was
-within 1 % of the closed form, under overload by 10 to 30 % it was 9 to 20 % above it."""
+MODEL_ERROR_WAVES = 0.01
+"""Of what is served to equal outputs that stay in waves, the mean over fills of the batch; to it comes
+the scatter from one fill to the next. `scripts/known_truth --waves`."""
+MODEL_ERROR_WAVES_RATIO = 0.15
+"""The same where the ratio decides, which no walk plays: equal outputs overflow the pool together, and
+32 % more was served."""
 MODEL_ERROR_LOOKING = 0.08
 """The same for the older rule that looks ahead and counts running requests by the ratio."""
 MODEL_ERROR_ALONE = 0.15
@@ -91,6 +97,8 @@ class Reserving:
     """Share rho of the outputs to come that is set aside."""
     memory_share: float
     """Share of time in which the pool, not the number of rows, stops admission."""
+    scatter: float = 0.0
+    """Relative standard deviation of the rate, from one fill of the batch to the next."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,8 +151,8 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     if keeps_its_fill(workload, limits):
         notes.append(
             "outputs are nearly fixed: requests that were admitted together leave together and share "
-            "prefill steps, so that the rate depends on how fast the batch was filled; this is the one "
-            "from an empty server near the threshold: keep load.rates below 1.15"
+            "prefill steps, so that the rate depends on how the batch was filled; this is the one at "
+            "which a fill serves, in the mean, what is offered: keep load.rates below 1.1"
         )
     if found.ratio < 1:
         notes.append(f"new_token_ratio is taken as {found.ratio:.3f} under saturation")
@@ -192,10 +200,12 @@ def sglang_demand(
 
 
 def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> float:
-    error = MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
     if forms_cohorts(workload):
-        error = MODEL_ERROR_FIXED
-    elif looks_ahead(workload, limits) and found.ratio < 1:
+        if found.ratio < 1:
+            return MODEL_ERROR_WAVES_RATIO
+        return math.hypot(MODEL_ERROR_WAVES, found.scatter * math.sqrt(1 + 1 / FILLS))
+    error = MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
+    if looks_ahead(workload, limits) and found.ratio < 1:
         error = MODEL_ERROR_LOOKING
     alone = MODEL_ERROR_ALONE if found.ratio == 1 else MODEL_ERROR_ALONE_RATIO
     return math.hypot(error, alone / found.running)
@@ -246,6 +256,7 @@ def sets_all_aside(workload: Workload, limits: EngineLimits) -> bool:
     return workload.ignore_eos and limits.sglang.whole_output_of_ignore_eos
 
 
+@lru_cache(maxsize=16)
 def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     """The operating point under saturation. Raises ValueError when no request decodes."""
     assert limits.sglang is not None
@@ -271,14 +282,37 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     by_room = heads_uncovered(law, demand.declared, x) if tooth is None else tooth.passes
     events = share * by_room + (1 - share) * by_rows
     passes = events * (1 - alone) * passes_in_a_row(alone, events * (1 - alone))
+    prefill_steps = passes * steps_per_pass(workload, limits, max(1 / passes, 1.0))
+    scatter = 0.0
+    if forms_cohorts(workload) and tooth is None:
+        filled = waves(law, _admission(limits, demand), x / (1 + prefill_steps * x))
+        x, prefill_steps = filled.requests, filled.prefill_steps * (1 - alone)
+        scatter = filled.scatter
     return Reserving(
         requests=x / (1 - alone),
         by_pool=by_pool / (1 - alone),
         ceilings={name: ceiling / (1 - alone) for name, ceiling in ceilings.items()},
         running=x * in_batch,
-        prefill_steps=passes * steps_per_pass(workload, limits, max(1 / passes, 1.0)),
+        prefill_steps=prefill_steps,
         ratio=demand.ratio,
         memory_share=share,
+        scatter=scatter,
+    )
+
+
+def _admission(limits: EngineLimits, demand: ReservedDemand) -> Admission:
+    """What admission goes by; a request takes the mean room that it holds between decode steps."""
+    assert limits.sglang is not None
+    charges, steps = _charges(demand), demand.decode_steps
+    growth = (charges.released - charges.kept) / steps
+    kept = demand.reserved / steps - growth * (steps - 1) / 2
+    chunk, most = limits.max_num_batched_tokens, limits.sglang.max_prefill_tokens
+    return Admission(
+        charges=replace(charges, kept=kept, released=kept + growth * steps),
+        room_tokens=limits.pool_tokens,
+        rows=limits.max_num_seqs,
+        prefill_tokens=most if chunk is None else min(chunk, most),
+        lags=limits.async_scheduling,
     )
 
 

@@ -16,6 +16,7 @@ from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
 from analysis.theory.prediction import Prediction
 from analysis.theory.reservation import keeps_its_fill
+from analysis.theory.wave_walk import FILL_RESIDENCES, FILL_ROUNDS, FILLS
 from analysis.verdicts.evidence import work_demand
 from loadgen.records import Run
 from loadgen.workload import Workload
@@ -24,15 +25,9 @@ WINDOW_RESIDENCES = 12
 WARM_UP_RESIDENCES = 2.5
 COMPILED_FROM = 1_000_000
 """Requests times steps from which the compiled engine pays: compiling takes half a minute, once."""
-FILLS = 16
-"""Where the rate depends on how chance filled the batch, it is simulated from so many empty servers."""
-FILL_OVERLOAD, FILL_RESIDENCES = 1.05, 160
-"""... under so much of the closed form's rate, for so many of the longest residence times: whenever the
-queue empties the waves form anew, and a few are still at it after 40 (3 % more). The faster a batch is
-filled, the larger are its waves (32/32 in a pool of 2 048: a queue grows from 13 req/s on, where 13 are
-served, and of 17.5 offered 15.8 are)."""
 FASTER = 0.25
-"""... and a wave may be served by so much faster than the closed form says."""
+"""Where the rate depends on how chance filled the batch, a wave may be served by so much faster than the
+prediction says."""
 
 
 def simulated_rate(
@@ -49,8 +44,8 @@ def simulated_rate(
     Departures are normalised by work in the unit of the ceiling that is predicted to bind
     (`analysis.inference.capacity.work_served`). The window is as long as ``requests`` completions
     should take, and at least 12 mean residences. Where the rate depends on how the batch was filled
-    (`analysis.theory.reservation.keeps_its_fill`) they are shared by `FILLS` servers under
-    `FILL_OVERLOAD`, and the interval is that of one more: what a measurement meets.
+    (`analysis.theory.reservation.keeps_its_fill`) they are shared by `FILLS` servers that are offered
+    what they serve in the mean, and the interval is that of one more: what a measurement meets.
 
     Raises ValueError if the queue ever empties: then the engine was not saturated.
     """
@@ -59,13 +54,17 @@ def simulated_rate(
     if not keeps_its_fill(workload, limits):
         return _saturated(first, workload, limits, law, requests, seed, overload * rate)
     seeds = np.random.SeedSequence(seed).generate_state(FILLS)
-    each, arrival_rate = math.ceil(requests / FILLS), FILL_OVERLOAD * rate
-    found = np.array(
-        [
-            _saturated(first, workload, limits, law, each, int(own), arrival_rate).value
-            for own in seeds
-        ]
-    )
+    each, offered = math.ceil(requests / FILLS), rate
+    for _ in range(FILL_ROUNDS):
+        found = np.array(
+            [
+                _saturated(first, workload, limits, law, each, int(own), offered).value
+                for own in seeds
+            ]
+        )
+        if abs(found.mean() - offered) < found.std(ddof=1) / math.sqrt(FILLS):
+            break
+        offered = float(found.mean())
     one_more = float(found.std(ddof=1)) * math.sqrt(1 + 1 / FILLS)
     half = student_quantile(0.975, FILLS - 1) * one_more
     mean = float(found.mean())

@@ -8,7 +8,8 @@ import pytest
 from analysis.schedulers.engine import EngineLimits, SGLangRules
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
-from analysis.verdicts.second_opinion import FILLS, simulated_rate
+from analysis.theory.wave_walk import FILLS
+from analysis.verdicts.second_opinion import simulated_rate
 from loadgen import workload as wl
 
 LINEAR = StepTime(
