@@ -15,7 +15,7 @@ from analysis.verdicts.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity
 from analysis.verdicts.verdict import Check, Outcome, RunJudgement, agreement
 from analysis.verdicts.wave_advice import mend
 
-GENTLE_LOAD = 1.08
+GENTLE_LOAD = 1.06
 """Of the predicted rate: an overload, or nearly one, that hardly feeds a server which keeps its fill."""
 
 
