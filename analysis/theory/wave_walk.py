@@ -117,13 +117,15 @@ def _filled(
     arrived = head = running = carried = 0
     completed = decodes = prefills = 0
     before = (0, 0, 0)
-    shut = False
+    shut = decoded = False
     for step in range(settled + WINDOW_RESIDENCES * residence):
         if step < settled:
             arrived += arriving[step]
         elif step == settled:
             arrived, before = most, (completed, decodes, prefills)
-        first, left, budget = head, room, most_prefilled - carried
+        # The output of a step in flight holds its room and is still counted among those to come.
+        first, left = head, room - (running if admission.lags and decoded else 0)
+        budget = most_prefilled - carried
         while not shut and head < arrived and budget > 0:
             # A request that fits an empty pool always finds one.
             if running >= rows or (asked[head] > left and running):
@@ -138,10 +140,10 @@ def _filled(
             head += 1
         back, returning = returning, 0.0
         if head > first or carried:
-            carried = max(-budget, 0)
+            carried, decoded = max(-budget, 0), False
             prefills += 1
         elif running:
-            decodes += 1
+            decodes, decoded = decodes + 1, True
             room -= growing
             gone = leaving.pop(decodes, ())
             completed += len(gone)

@@ -29,7 +29,7 @@ DRAW_SEED = 77
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class Compared:
     """One setting, and both rates in req/s."""
 
     lengths: str
@@ -51,7 +51,7 @@ class SetAside:
         return self.closed_form.low <= self.simulated.value <= self.closed_form.high
 
 
-def chosen() -> Iterator[SetAside]:
+def chosen() -> Iterator[Compared]:
     """Five laws of lengths, pools for 20, 60 and 200 requests, 1, 2 and 4 times declared."""
     for name, prompt, output in LENGTHS:
         law = uniform(prompt, output)
@@ -67,7 +67,7 @@ def chosen() -> Iterator[SetAside]:
                 yield compared(name, law, factor, limits)
 
 
-def drawn() -> Iterator[SetAside]:
+def drawn() -> Iterator[Compared]:
     """`DRAWN` settings from one seed: lengths, pool, page, chunk, declaration and SGLang's rules."""
     rng = np.random.default_rng(DRAW_SEED)
     for _ in range(DRAWN):
@@ -89,11 +89,11 @@ def drawn() -> Iterator[SetAside]:
         yield compared(f"{low_s}-{prompt[1]}/{low_o}-{output[1]}", law, factor, limits)
 
 
-def compared(name: str, law: Workload, factor: float, limits: EngineLimits) -> SetAside:
+def compared(name: str, law: Workload, factor: float, limits: EngineLimits) -> Compared:
     """The setting ``limits`` with outputs declared ``factor`` times, by both."""
     law = declared(replace(law, ignore_eos=False), factor=factor)
     found = reserving(law, limits)
-    return SetAside(
+    return Compared(
         lengths=name,
         factor=factor,
         limits=limits,

@@ -71,25 +71,28 @@ def test_a_seed_gives_one_answer_and_intervals_hold_other_seeds() -> None:
     assert abs(first.value - other.value) < 2 * (first.half_width + other.half_width)
 
 
-def test_equal_outputs_under_sglang_are_served_as_chance_filled_the_batch() -> None:
-    """Near the threshold, where the closed form holds, the rate differs by a few percent from one
-    filling to the next: the interval is that of one filling, and other seeds agree on the middle."""
+@pytest.mark.parametrize("late", [False, True])
+def test_equal_outputs_under_sglang_are_served_as_chance_filled_the_batch(late: bool) -> None:
+    """The rate differs by several percent from one filling to the next: the interval is that of one
+    filling. Other seeds agree on the middle, and so does the walk of the waves."""
     workload, law = wl.fixed(32, 32), StepTime(b0_s=0.05)
     bounds = EngineLimits(
         num_blocks=2048,
         block_size=1,
         max_num_seqs=256,
         max_num_batched_tokens=2048,
+        async_scheduling=late,
         sglang=SGLangRules(radix_cache=False),
     )
     found = [simulated_rate(workload, bounds, law, requests=300, seed=seed) for seed in range(2)]
     relative = np.array([e.standard_error / e.value for e in found])
-    assert (relative > 0.01).all() and (relative < 0.06).all()
+    assert (relative > 0.01).all() and (relative < 0.08).all()
     values = np.array([e.value for e in found])
-    assert values.std(ddof=1) / values.mean() < 2.5 * relative.mean() / np.sqrt(FILLS)
-    closed = predict(workload, bounds, exact_step_time(law), "engine", "P1").critical_rate
-    assert values.mean() == pytest.approx(closed.value, rel=0.1)
-    assert closed.low < values.mean() < closed.high
+    of_mean = relative.mean() / np.sqrt(FILLS)
+    assert values.std(ddof=1) / values.mean() < 2.5 * of_mean
+    walked = predict(workload, bounds, exact_step_time(law), "engine", "P1").critical_rate
+    assert walked.value == pytest.approx(values.mean(), rel=2.5 * of_mean)
+    assert 0.5 < walked.standard_error / walked.value / relative.mean() < 2
 
 
 def test_a_queue_that_empties_is_no_saturation() -> None:
