@@ -87,7 +87,7 @@ def work_served(
 
     Requests of equal outputs stay in step, and work is served in waves of one residence each. What would
     remain of them at the two ends of the window is left out: the work there is a mean over a wave. Not
-    with ``waves_tell``, for servers that keep their fill (`analysis.theory.reservation.keeps_its_fill`):
+    with ``waves_tell``, for servers that keep their fill (`analysis.theory.reserved_demand`):
     the next run's waves are others there, and so is its rate; this run's waves are the only measure of
     that.
     """

@@ -17,7 +17,8 @@ from analysis.inference.long_run import Stretch, bins_of
 from analysis.operation.serving_window import CannotSay, ServingWindow, assumed_law
 from analysis.theory.operating_point import Point, vllm_point
 from analysis.theory.prediction import CeilingName
-from analysis.theory.reservation import reserved_demand, reserving, sglang_point
+from analysis.theory.reservation import reserving, sglang_point
+from analysis.theory.reserved_demand import reserved_demand
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]

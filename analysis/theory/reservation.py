@@ -16,7 +16,8 @@ which is 0.71 of M / E[g] for uniform lengths and rho = 1 (theory.md 7.2). Three
 * *Prefill steps.* Prompts are computed when a request leaves and the head then fits: see
   `analysis.theory.prefill_passes`.
 * *rho.* Requests that may end early count with ``new_token_ratio``, which falls to its floor unless
-  the pool overflows first. Both terms above then come from `analysis.theory.room_walk`; see `saturated`.
+  the pool overflows first. Both terms above then come from `analysis.theory.room_walk`; see
+  `analysis.theory.saw_tooth`.
 
 Equal outputs have no operating point: where all is set aside `analysis.theory.wave_walk` says what they
 are served.
@@ -30,22 +31,26 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.integrate import cumulative_trapezoid
 
 from analysis.numbers.estimate import Estimate
-from analysis.schedulers.engine import EngineLimits, SGLangRules
+from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.sglang import (
-    INITIAL_RATIO,
-    MIN_RATIO_FACTOR,
     RATIO_DECAY_STEPS,
-    RETRACT_DECODE_STEPS,
 )
 from analysis.theory import kv_demand
-from analysis.theory.kv_demand import rounded_sum
-from analysis.theory.operating_point import Demand, Operation, Point, cut_off, forms_cohorts
+from analysis.theory.operating_point import Demand, Operation, Point, forms_cohorts
 from analysis.theory.prediction import CeilingName
 from analysis.theory.prefill_passes import heads_uncovered, passes_in_a_row, steps_per_pass
-from analysis.theory.room_walk import COMPLETIONS, Charges, Room, play, ruin_exponent
+from analysis.theory.reserved_demand import (
+    ReservedDemand,
+    decoding,
+    keeps_its_fill,
+    looks_ahead,
+    reserved_demand,
+    sets_all_aside,
+)
+from analysis.theory.reserved_room import allowed_by_pool, charges_of, in_rows, usable_tokens
+from analysis.theory.saw_tooth import saturated
 from analysis.theory.wave_walk import FILLS, Admission, waves
 from loadgen.workload import Workload
 
@@ -56,15 +61,6 @@ MODEL_ERROR = 0.01
 saturation, where the whole output is set aside and ten or more run: at most 1.2 % off in 18 settings."""
 MODEL_ERROR_RATIO = 0.012
 """The same where the ratio decides: `scripts/known_truth --set-aside`."""
-SETTLED = 3
-"""Rounds in which a walk and its rate agree."""
-BELOW_ALL = 0.99
-"""Of the outputs to come: with all of them set aside nothing grows into free room."""
-TOOTH_WALKS, TOOTH_POINTS = 5, 200
-"""Ratios between floor and jump at which the room is walked, and over which one tooth is summed: the
-overflows fall exponentially."""
-LEAST_CHANCE, LONGEST = 1e-300, 300.0
-"""An overflow that never comes; logarithm of the decode steps until it does."""
 MODEL_ERROR_WAVES = 0.01
 """Of what is served to equal outputs that stay in waves, the mean over fills of the batch; to it comes
 the scatter from one fill to the next. `scripts/known_truth --waves`."""
@@ -99,29 +95,6 @@ class Reserving:
     """Share of time in which the pool, not the number of rows, stops admission."""
     scatter: float = 0.0
     """Relative standard deviation of the rate, from one fill of the batch to the next."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReservedDemand:
-    """What one request takes, per support point of the law, shape (n,)."""
-
-    ratio: float
-    """Share rho of the outputs to come that is set aside."""
-    decode_kv: Floats
-    """Token-steps of whole pages held in decode steps."""
-    reserved: Floats
-    """Token-steps held or set aside between decode steps."""
-    to_come: Floats
-    """Declared tokens still to come, summed over its decode steps: what rho multiplies."""
-    asked: Floats
-    """N: tokens that admission asks for."""
-    kept: Floats
-    """a: tokens that are held and set aside right after admission."""
-    declared: Floats
-    """X: the prompt and the whole declared output."""
-    shed: Floats
-    """Tokens by which what is to come falls from admission to the end."""
-    decode_steps: Floats
 
 
 def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) -> Point:
@@ -166,15 +139,6 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     )
 
 
-def keeps_its_fill(workload: Workload, limits: EngineLimits) -> bool:
-    """Do requests stay in the waves in which chance first admitted them?
-
-    SGLang computes prompts in steps of their own, which a wave shares: it is served the faster the
-    larger it is, and equal outputs keep it together. No operating point stands for that.
-    """
-    return limits.sglang is not None and forms_cohorts(workload)
-
-
 def sglang_demand(
     workload: Workload,
     limits: EngineLimits,
@@ -211,51 +175,6 @@ def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> 
     return math.hypot(error, alone / found.running)
 
 
-def declared_to_come(workload: Workload, rules: SGLangRules) -> Floats:
-    """Sum over the decode steps j = 1..o-1 of min(d - j, clip), per support point."""
-    o, d = workload.output_tokens, workload.max_tokens
-    clip = rules.clip_max_new_tokens
-    clipped = np.clip(d - clip, 0, o - 1)
-    rest = (o - 1 - clipped) * d - (o * (o - 1) - clipped * (clipped + 1)) // 2
-    return np.asarray(clipped * clip + rest, dtype=float)
-
-
-def reserved_demand(workload: Workload, limits: EngineLimits, ratio: float) -> ReservedDemand:
-    """Demand in the convention of `analysis.schedulers.sglang`, with the share ``ratio`` of outputs
-    set aside."""
-    assert limits.sglang is not None
-    s, o, page = workload.prompt_tokens, workload.output_tokens, limits.block_size
-    held = rounded_sum(s + o - 2, page) - rounded_sum(s - 1, page)
-    prompt = -(-s // page) * page
-    clip = limits.sglang.clip_max_new_tokens
-    declared = np.minimum(workload.max_tokens, clip)
-    to_come = declared_to_come(workload, limits.sglang)
-    ahead = looks_ahead(workload, limits)
-    return ReservedDemand(
-        ratio=ratio,
-        decode_kv=(rounded_sum(s + o - 1, page) - rounded_sum(s, page)).astype(float),
-        reserved=held + ratio * to_come,
-        to_come=to_come,
-        asked=(prompt + page + (0 if ahead else declared)).astype(float),
-        kept=np.where(o > 1, prompt + page + ratio * declared, 0.0),
-        declared=(prompt + page + declared).astype(float),
-        shed=(declared - np.minimum(workload.max_tokens - o + 1, clip)).astype(float),
-        decode_steps=(o - 1).astype(float),
-    )
-
-
-def looks_ahead(workload: Workload, limits: EngineLimits) -> bool:
-    """Is admission by looking ahead: no radix cache, and requests that ignore the end of text?"""
-    assert limits.sglang is not None
-    return workload.ignore_eos and not limits.sglang.radix_cache
-
-
-def sets_all_aside(workload: Workload, limits: EngineLimits) -> bool:
-    """Is the whole declared output of a running request set aside, whatever the ratio?"""
-    assert limits.sglang is not None
-    return workload.ignore_eos and limits.sglang.whole_output_of_ignore_eos
-
-
 @lru_cache(maxsize=16)
 def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     """The operating point under saturation. Raises ValueError when no request decodes."""
@@ -263,19 +182,19 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     if int(workload.output_tokens.max()) < 2:
         raise ValueError(f"{workload.name}: every output is one token, so that no step decodes")
     alone = float(workload.weight[workload.output_tokens == 1].sum())
-    law = _decoding(workload)
+    law = decoding(workload)
     tooth = None if sets_all_aside(law, limits) else saturated(workload, limits)
     demand = reserved_demand(law, limits, 1.0 if tooth is None else tooth.ratio)
     in_batch = law.mean(demand.decode_steps)
     if tooth is None:
-        by_pool = _by_pool(law, demand, usable_tokens(law, limits, demand))
+        by_pool = allowed_by_pool(law, demand, usable_tokens(law, limits, demand))
     else:
         by_pool = tooth.requests
     ceilings: dict[CeilingName, float] = {
         "kv_cache": limits.pool_tokens / law.mean(demand.decode_kv),
         "output_reservation": limits.pool_tokens / law.mean(demand.reserved),
     }
-    x, share = _in_rows(law, limits, demand, by_pool)
+    x, share = in_rows(law, limits, demand, by_pool)
     if limits.max_num_seqs is not None:
         ceilings["max_num_seqs"] = limits.max_num_seqs / in_batch
     by_rows = -math.expm1(-x) / x
@@ -303,7 +222,7 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
 def _admission(limits: EngineLimits, demand: ReservedDemand) -> Admission:
     """What admission goes by; a request takes the mean room that it holds between decode steps."""
     assert limits.sglang is not None
-    charges, steps = _charges(demand), demand.decode_steps
+    charges, steps = charges_of(demand), demand.decode_steps
     growth = (charges.released - charges.kept) / steps
     kept = demand.reserved / steps - growth * (steps - 1) / 2
     chunk, most = limits.max_num_batched_tokens, limits.sglang.max_prefill_tokens
@@ -314,140 +233,3 @@ def _admission(limits: EngineLimits, demand: ReservedDemand) -> Admission:
         prefill_tokens=most if chunk is None else min(chunk, most),
         lags=limits.async_scheduling,
     )
-
-
-def _decoding(workload: Workload) -> Workload:
-    """The law of the requests that decode, those of two outputs or more."""
-    some = workload.output_tokens > 1
-    if some.all():
-        return workload
-    return replace(
-        workload,
-        prompt_tokens=workload.prompt_tokens[some],
-        output_tokens=workload.output_tokens[some],
-        max_tokens=workload.max_tokens[some],
-        weight=workload.weight[some] / workload.weight[some].sum(),
-        observed=workload.observed[some],
-    )
-
-
-def usable_tokens(workload: Workload, limits: EngineLimits, demand: ReservedDemand) -> float:
-    """The pool less the room u that the head of the queue leaves; see the module."""
-    if demand.ratio < 1:
-        return limits.pool_tokens - _walked(workload, limits, demand)[1].unused_tokens
-    kept = demand.kept
-    u = workload.mean(kept * (2 * demand.asked - kept)) / (2 * workload.mean(kept))
-    return limits.pool_tokens - u
-
-
-def _by_pool(law: Workload, demand: ReservedDemand, usable: float) -> float:
-    """Requests per decode step that so many usable tokens allow."""
-    # A request that fits an empty pool always finds one.
-    return max(usable / law.mean(demand.reserved), 1 / law.mean(demand.decode_steps))
-
-
-def _walked(law: Workload, limits: EngineLimits, demand: ReservedDemand) -> tuple[float, Room]:
-    """Requests per decode step that the pool allows where only a share is set aside, and its room."""
-    x = _by_pool(law, demand, limits.pool_tokens)
-    for _ in range(SETTLED):
-        room = play(law, _charges(demand), x)
-        x = _by_pool(law, demand, limits.pool_tokens - room.unused_tokens)
-    return x, room
-
-
-def _charges(demand: ReservedDemand) -> Charges:
-    return Charges(
-        asked=demand.asked,
-        charged=demand.declared,
-        kept=demand.kept,
-        released=demand.kept + demand.decode_steps - demand.ratio * demand.shed,
-    )
-
-
-def second_moment_of_reserved(workload: Workload, demand: ReservedDemand) -> float:
-    """Squared footprint summed over decode steps, the footprint taken as constant: tokens^2 steps."""
-    steps = np.maximum(demand.decode_steps, 1.0)
-    return workload.mean(np.asarray(demand.reserved**2 / steps))
-
-
-# -- new_token_ratio -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SawTooth:
-    """A pool under saturation while ``new_token_ratio`` falls, and jumps when it overflows; means over
-    the decode steps."""
-
-    ratio: float
-    requests: float
-    """Completions per decode step."""
-    passes: float
-    """Passes of admission that admit somebody, per request."""
-
-
-@lru_cache(maxsize=16)
-def saturated(workload: Workload, limits: EngineLimits) -> SawTooth:
-    """The saw tooth of ``new_token_ratio``, for requests that do not ignore the end of text.
-
-    It falls by a fixed amount each decode step, down to a floor. The pool overflows when the batch
-    outgrows the share rho of the outputs to come that is spare: as often as the walk of the room falls
-    below nothing, times the chance exp(-eta rho T) that it falls on by that spare room, T the outputs to
-    come of all that run (`analysis.theory.room_walk`). An overflow lifts the ratio to what the batch has
-    generated over what it declared. So in one tooth the ratio is seen at rho for as long as it takes to
-    fall past it, if it has not jumped before, and at the floor until the next overflow.
-    """
-    law, rules = _decoding(workload), limits.sglang
-    assert rules is not None
-    initial = min(INITIAL_RATIO * rules.schedule_conservativeness, 1.0)
-    least = initial * MIN_RATIO_FACTOR
-    fall = (initial - least) / RATIO_DECAY_STEPS
-    to_come = law.mean(reserved_demand(law, limits, least).to_come)
-
-    def at(ratio: float) -> tuple[float, float, float]:
-        """Requests, passes and the logarithm of overflows, per decode step."""
-        demand = reserved_demand(law, limits, min(ratio, BELOW_ALL))
-        x, room = _walked(law, limits, demand)
-        admitted, share = _in_rows(law, limits, demand, x)
-        # Rows that are all taken leave the room to those who have them.
-        overdrawn = share * max(room.overdrawn, x / COMPLETIONS)
-        falls = ruin_exponent(law, _charges(demand)) * ratio * admitted * to_come
-        return x, room.passes, math.log(max(overdrawn, LEAST_CHANCE)) - falls
-
-    floor = at(least)
-    jump = max(_ratio_after_overflow(law, least * to_come), least)
-    walked = np.linspace(least, jump, TOOTH_WALKS)
-    found = np.array([floor, *(at(float(ratio)) for ratio in walked[1:])])
-    ratios = np.linspace(least, jump, TOOTH_POINTS)
-    x, passes, overflows = (np.interp(ratios, walked, column) for column in found.T)
-    # From the jump down: the chance that no overflow came before.
-    risk = cumulative_trapezoid(np.exp(overflows[::-1]) / fall, -ratios[::-1], initial=0)[::-1]
-    weight = np.exp(-risk) * np.gradient(ratios) / fall
-    weight[[0, -1]] /= 2
-    weight[0] += math.exp(min(-float(overflows[0]), LONGEST) - float(risk[0]))
-    weight /= weight.sum()
-    mean_x = float(weight @ x)
-    return SawTooth(float(weight @ ratios), mean_x, float(weight @ (x * passes)) / mean_x)
-
-
-def _in_rows(
-    law: Workload, limits: EngineLimits, demand: ReservedDemand, by_pool: float
-) -> tuple[float, float]:
-    """Requests per decode step where so many fit the pool, and the share of time in which the pool, not
-    the number of rows, stops admission."""
-    if limits.max_num_seqs is None:
-        return by_pool, 1.0
-    in_batch = law.mean(demand.decode_steps)
-    spread = second_moment_of_reserved(law, demand) / in_batch
-    cv2 = spread / (law.mean(demand.reserved) / in_batch) ** 2 - 1
-    running, share = cut_off(by_pool * in_batch, cv2, limits.max_num_seqs)
-    return running / in_batch, share
-
-
-def _ratio_after_overflow(workload: Workload, outgrown_tokens: float) -> float:
-    """(generated + 20 per request) / declared over the batch, at its mean.
-
-    Before it overflows it grows by ``outgrown_tokens`` per completion of a decode step.
-    """
-    o, d = workload.output_tokens, workload.max_tokens
-    generated = workload.mean(o * (o - 1) / 2) + RETRACT_DECODE_STEPS * workload.mean(o - 1)
-    return min((generated + outgrown_tokens) / workload.mean((o - 1) * d), 1.0)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from analysis.schedulers.engine import EngineLimits
 from analysis.schedulers.frames import RunFrames, tokens_received
 from analysis.theory.operating_point import head_room_tokens
-from analysis.theory.reservation import reserved_demand, usable_tokens
+from analysis.theory.reserved_demand import reserved_demand
+from analysis.theory.reserved_room import usable_tokens
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]

@@ -17,7 +17,8 @@ from analysis.theory.operating_point import (
     paper_point,
     vllm_point,
 )
-from analysis.theory.reservation import reserved_demand, reserving, sglang_demand
+from analysis.theory.reservation import reserving, sglang_demand
+from analysis.theory.reserved_demand import reserved_demand
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]

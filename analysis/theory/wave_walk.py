@@ -2,10 +2,10 @@
 
 Requests that are admitted in one pass share its prefill steps, and equal outputs let them leave
 together, so that they admit the next ones together: a wave. Under saturation the waves stay as they
-are, and the fewer they are, the fewer steps go to prompts. So there is no operating point: each time that
-the batch fills anew, chance forms other waves. Here it is filled again and again, with the same draws
-every time, by Poisson arrivals for long enough that the waves settle; then the queue is kept from
-running dry and what is served is counted.
+are, and the fewer they are, the fewer steps go to prompts. So there is no operating point: each time
+that the batch fills anew, chance forms other waves. Here it is filled again and again, with the same
+draws every time, by Poisson arrivals for long enough that the waves settle; then the queue is kept
+from running dry and what is served is counted.
 
 The faster a batch is filled, the larger are its waves. The critical rate is taken as the one at which a
 fill serves, in the mean, just what is offered: offered less, most fills keep up with it; offered more,
@@ -45,7 +45,7 @@ class Waves:
     prefill_steps: float
     """Prefill steps per request."""
     scatter: float
-    """Relative standard deviation, from one fill to the next, of the requests per step of either kind."""
+    """Relative standard deviation, from one fill to the next, of requests per step of either kind."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

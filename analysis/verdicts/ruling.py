@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from analysis.numbers.estimate import Estimate, ratio
 from analysis.numbers.formatting import load_label
-from analysis.theory.reservation import keeps_its_fill
+from analysis.theory.reserved_demand import keeps_its_fill
 from analysis.theory.wave_walk import FILL_RESIDENCES
 from analysis.verdicts.audit import binding_resource
 from analysis.verdicts.evidence import Evidence

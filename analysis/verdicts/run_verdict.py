@@ -26,7 +26,7 @@ from analysis.inference.long_run import Stretch
 from analysis.inference.warm_up import warm_up_warning
 from analysis.numbers.estimate import Estimate
 from analysis.schedulers.frames import SHORTEST_S, RunFrames
-from analysis.theory.reservation import keeps_its_fill
+from analysis.theory.reserved_demand import keeps_its_fill
 from analysis.verdicts.audit import Saturation, binding_resource, saturation, step_time
 from analysis.verdicts.branches import Judged, judge_from_full
 from analysis.verdicts.evidence import (

@@ -15,7 +15,7 @@ from analysis.schedulers.simulate import simulate
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
 from analysis.theory.prediction import Prediction
-from analysis.theory.reservation import keeps_its_fill
+from analysis.theory.reserved_demand import keeps_its_fill
 from analysis.theory.wave_walk import FILL_RESIDENCES, FILL_ROUNDS, FILLS
 from analysis.verdicts.evidence import work_demand
 from loadgen.records import Run
@@ -44,8 +44,8 @@ def simulated_rate(
     Departures are normalised by work in the unit of the ceiling that is predicted to bind
     (`analysis.inference.capacity.work_served`). The window is as long as ``requests`` completions
     should take, and at least 12 mean residences. Where the rate depends on how the batch was filled
-    (`analysis.theory.reservation.keeps_its_fill`) they are shared by `FILLS` servers that are offered
-    what they serve in the mean, and the interval is that of one more: what a measurement meets.
+    (`analysis.theory.reserved_demand.keeps_its_fill`) they are shared by `FILLS` servers that are
+    offered what they serve in the mean, and the interval is that of one more: what a measurement meets.
 
     Raises ValueError if the queue ever empties: then the engine was not saturated.
     """

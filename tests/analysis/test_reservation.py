@@ -10,14 +10,11 @@ from analysis.schedulers.engine import EngineLimits, Request, SGLangRules
 from analysis.schedulers.sglang import SGLangEngine
 from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
-from analysis.theory.reservation import (
-    declared_to_come,
-    reserved_demand,
-    reserving,
-    saturated,
-    usable_tokens,
-)
+from analysis.theory.reservation import reserving
+from analysis.theory.reserved_demand import declared_to_come, reserved_demand
+from analysis.theory.reserved_room import usable_tokens
 from analysis.theory.room_walk import Charges, ruin_exponent
+from analysis.theory.saw_tooth import saturated
 from analysis.theory.waterfall import waterfall
 from analysis.verdicts.second_opinion import simulated_rate
 from loadgen.workload import Workload, declared, fixed, uniform

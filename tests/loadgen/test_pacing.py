@@ -65,7 +65,7 @@ def test_a_later_instant_takes_the_place_of_an_earlier_one(run):
         begun_ns = time.monotonic_ns()
         alarm.set(begun_ns + 30_000_000)
         alarm.set(NEVER_NS)
-        # A loop's own sleep may end up to its grid's millisecond early: it ends well after both instants.
+        # A loop's own sleep may end a millisecond early, and yet well after both instants.
         await asyncio.sleep(0.05)
         alarm.set(begun_ns + 60_000_000)
 
