@@ -231,5 +231,6 @@ def _admission(limits: EngineLimits, demand: ReservedDemand) -> Admission:
         room_tokens=limits.pool_tokens,
         rows=limits.max_num_seqs,
         prefill_tokens=most if chunk is None else min(chunk, most),
+        page=limits.block_size,
         lags=limits.async_scheduling,
     )

@@ -58,6 +58,8 @@ class Admission:
     rows: int | None
     prefill_tokens: int | None
     """Of one step: what is over is computed in the next one."""
+    page: int
+    """Tokens by which room is taken; ``kept`` and ``released`` hold the mean of what is not filled."""
     lags: bool
     """A step is chosen when the one before it starts, and so before the room of who leaves is back."""
 
@@ -96,35 +98,25 @@ def _filled(
     reserve = 4 * WINDOW_RESIDENCES * residence * offered
     most = sum(arriving) + int(reserve + 4 * np.sqrt(reserve)) + 100
     drawn = rng.choice(len(law.weight), most, p=law.weight / law.weight.sum())
-    charges = admission.charges
-    steps_of = law.output_tokens - 1
-    columns = (
-        charges.asked,
-        charges.charged,
-        charges.kept,
-        (charges.released - charges.kept) / steps_of,
-        charges.released,
-        law.prompt_tokens,
-        steps_of,
+    asked, charged, kept, growth, released, prompts, decoded_for, first_page = (
+        column[drawn].tolist() for column in _columns(law, admission)
     )
-    asked, charged, kept, growth, released, prompts, steps_left = (
-        column[drawn].tolist() for column in columns
-    )
-    rows = admission.rows or UNBOUNDED
+    page, rows = admission.page, admission.rows or UNBOUNDED
     most_prefilled = admission.prefill_tokens or UNBOUNDED
     leaving: dict[int, list[int]] = {}
+    pages_begun: dict[int, int] = {}
     room, growing, returning = admission.room_tokens, 0.0, 0.0
     arrived = head = running = carried = 0
     completed = decodes = prefills = 0
     before = (0, 0, 0)
-    shut = decoded = False
+    shut = in_flight = False
     for step in range(settled + WINDOW_RESIDENCES * residence):
         if step < settled:
             arrived += arriving[step]
         elif step == settled:
             arrived, before = most, (completed, decodes, prefills)
         # The output of a step in flight holds its room and is still counted among those to come.
-        first, left = head, room - (running if admission.lags and decoded else 0)
+        first, left = head, room - (running if in_flight else 0)
         budget = most_prefilled - carried
         while not shut and head < arrived and budget > 0:
             # A request that fits an empty pool always finds one.
@@ -136,15 +128,21 @@ def _filled(
             room -= kept[head]
             growing += growth[head]
             running += 1
-            leaving.setdefault(decodes + steps_left[head], []).append(head)
+            last = decodes + decoded_for[head]
+            leaving.setdefault(last, []).append(head)
+            if page > 1:
+                for at in range(decodes + first_page[head], last + 1, page):
+                    pages_begun[at] = pages_begun.get(at, 0) + 1
             head += 1
         back, returning = returning, 0.0
         if head > first or carried:
-            carried, decoded = max(-budget, 0), False
             prefills += 1
+            carried, in_flight = max(-budget, 0), False
         elif running:
-            decodes, decoded = decodes + 1, True
+            decodes, in_flight = decodes + 1, admission.lags
             room -= growing
+            if page > 1:
+                room += running - page * pages_begun.pop(decodes, 0)
             gone = leaving.pop(decodes, ())
             completed += len(gone)
             running -= len(gone)
@@ -156,3 +154,29 @@ def _filled(
         if back:
             room, shut = room + back, False
     return completed - before[0], decodes - before[1], prefills - before[2]
+
+
+def _columns(law: Workload, admission: Admission) -> tuple[NDArray[np.generic], ...]:
+    """What `_filled` knows of a request, per support point: its charges, lengths and pages.
+
+    The last one is the decode step that begins its first page; what of a page is empty is taken out of
+    the room as it is, not in the mean.
+    """
+    charges, page = admission.charges, admission.page
+    prompts, steps = law.prompt_tokens, law.output_tokens - 1
+    mean_empty = np.array(
+        [
+            np.mean(-np.arange(s, s + k) % page)
+            for s, k in zip(prompts.tolist(), steps.tolist(), strict=True)
+        ]
+    )
+    return (
+        charges.asked,
+        charges.charged,
+        charges.kept + (-prompts % page - mean_empty),
+        (charges.released - charges.kept) / steps,
+        charges.released + (-(prompts + steps) % page - mean_empty),
+        prompts,
+        steps,
+        -prompts % page + 1,
+    )

@@ -20,6 +20,7 @@ def admission(law: Workload, room: float, lags: bool = False, rows: int | None =
         room_tokens=room,
         rows=rows,
         prefill_tokens=None,
+        page=1,
         lags=lags,
     )
 
