@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from analysis.verdicts.replica_verdict import verdict_of
+from analysis.verdicts.verdict import Verdict
 from harness.configs.launch import PACE_LOG
 from harness.evidence.evidence_rows import SIMULATED, simulate_set_law
 from harness.experiments.analyse import load_evidence
 from harness.records.columns import write_columns
 from harness.records.store import STAGES, Store, StoreError
 
-MOST_BYTES = 400_000
+MOST_BYTES = 300_000
 """Of the Parquet of one row."""
+INSTANT_NS = 1000
+"""Instants are kept to the microsecond: a verdict's numbers move by a millionth of their errors."""
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|usr|opt|var|mnt|data|work|Users)/")
 
 
@@ -24,10 +29,10 @@ def export(source: Path, target: Path) -> int:
     """Write the evidence of a judged folder to ``target``, in place of what is there.
 
     The streams of its runs become Parquet; the JSON files stay byte by byte, since the prediction has
-    digests of them; reports and the engine's log are left out. Beside them goes what the scheduler
-    model makes of the law that the engine was set to. The bytes of Parquet come back. Raises StoreError
-    when they are too many, when a file names this machine or a path on it, or when another verdict than
-    that of ``source`` would come of what is kept.
+    digests of them; reports and the engine's log are left out. Beside them goes the verdict on what is
+    kept, and what the scheduler model makes of the law that the engine was set to. The bytes of Parquet
+    come back. Raises StoreError when they are too many, when a file names this machine or a path on it,
+    or when what is kept says otherwise than ``source``.
     """
     judged = Store.open(source)
     if not judged.has("verdict.json"):
@@ -46,11 +51,11 @@ def export(source: Path, target: Path) -> int:
             )
         _keep_pace(judged, new)
         _require_nameless(new)
-        verdict = verdict_of(load_evidence(judged)).to_dict()
         kept = Store.open(new)
-        if repr(verdict_of(load_evidence(kept)).to_dict()) != repr(verdict):
+        verdict = verdict_of(load_evidence(kept))
+        if not _agree(verdict, verdict_of(load_evidence(judged))):
             raise StoreError(f"{source}: another verdict would come of what is kept")
-        kept.write_json("verdict.json", verdict)
+        kept.write_json("verdict.json", verdict.to_dict())
         if (simulated := simulate_set_law(kept)) is not None:
             kept.write_json(SIMULATED, simulated.to_dict())
         shutil.rmtree(target, ignore_errors=True)
@@ -69,9 +74,38 @@ def _keep_run(judged: Store, run_id: str, new: Path) -> int:
     size = 0
     for name in judged.streams_of(run_id):
         lines = (source / f"{name}.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        records = [_to_the_microsecond(json.loads(line)) for line in lines]
         size += write_columns(target / f"{name}.parquet", records)
     return size
+
+
+def _to_the_microsecond(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value // INSTANT_NS * INSTANT_NS
+        if key.endswith("_ns") and value is not None
+        else value
+        for key, value in record.items()
+    }
+
+
+def _agree(kept: Verdict, judged: Verdict) -> bool:
+    """Do they say the same of the experiment and of each run, and measure the same to a 1000th part?"""
+
+    def words(verdict: Verdict) -> tuple[object, ...]:
+        return (
+            verdict.outcome,
+            verdict.headline,
+            [(run.id, run.verdict) for run in verdict.runs],
+            [(check.name, check.holds) for check in (*verdict.premises, *verdict.audit)],
+            verdict.measured is None,
+        )
+
+    if words(kept) != words(judged):
+        return False
+    if kept.measured is None or judged.measured is None:
+        return True
+    pairs = ((getattr(x.measured, end) for x in (kept, judged)) for end in ("low", "value", "high"))
+    return all(math.isclose(*pair, rel_tol=1e-3) for pair in pairs)
 
 
 def _keep_pace(judged: Store, new: Path) -> None:

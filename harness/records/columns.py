@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ LEVEL = 19
 """Of zstd: written once, read often."""
 BEYOND = b"critrate.beyond"
 """In a file's metadata: of which column another keeps only what it is beyond, by name."""
+MULTIPLES = b"critrate.multiples"
+"""... and of what a column's numbers are multiples, by name, where that is not 1."""
 SAVED_BITS = 1.0
 """A number, at least: else a column is kept as it is."""
 
@@ -26,17 +29,25 @@ def write_columns(path: Path, records: Sequence[dict[str, Any]]) -> int:
 
     Integers, which are instants and counters for the most part, are kept as differences: down their
     column, and from an earlier column that tells most of them, as the scheduled instant does of the
-    one of sending.
+    one of sending. What is all in microseconds is kept in microseconds.
     """
     table = pa.Table.from_pylist(list(records))
     integers = [field.name for field in table.schema if pa.types.is_integer(field.type)]
     columns = {name: table[name].to_pylist() for name in integers}
-    beyond = _beyond(columns)
-    for name, base in beyond.items():
-        rest = [None if x is None else x - (b or 0) for x, b in _pairs(columns, name, base)]
+    beyond, units = _beyond(columns), {}
+    for name, column in columns.items():
+        rest = column
+        if (base := beyond.get(name)) is not None:
+            rest = [None if x is None else x - (b or 0) for x, b in _pairs(columns, name, base)]
+        unit = math.gcd(*(x or 0 for x in rest))
+        if unit > 1:
+            units[name] = unit
+            rest = [None if x is None else x // unit for x in rest]
         at = table.schema.get_field_index(name)
         table = table.set_column(at, name, pa.array(rest, pa.int64()))
-    table = table.replace_schema_metadata({BEYOND: json.dumps(beyond).encode()})
+    table = table.replace_schema_metadata(
+        {BEYOND: json.dumps(beyond).encode(), MULTIPLES: json.dumps(units).encode()}
+    )
     pq.write_table(
         table,
         path,
@@ -53,8 +64,11 @@ def read_columns(path: Path) -> list[dict[str, Any]]:
     """The records of `write_columns`, unchanged."""
     table = pq.read_table(path)
     columns: dict[str, Column] = table.to_pydict()
+    known = table.schema.metadata or {}
+    for name, unit in json.loads(known.get(MULTIPLES, b"{}")).items():
+        columns[name] = [None if x is None else x * unit for x in columns[name]]
     # In their order: what a column is beyond has been restored before it.
-    for name, base in json.loads((table.schema.metadata or {}).get(BEYOND, b"{}")).items():
+    for name, base in json.loads(known.get(BEYOND, b"{}")).items():
         columns[name] = [
             None if x is None else x + (b or 0) for x, b in _pairs(columns, name, base)
         ]
