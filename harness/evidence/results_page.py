@@ -31,9 +31,8 @@ out by `scripts/experiments` with a real engine on a CPU: scheduler, block manag
 metrics are real, the step time is set where a law stands, and the steps are otherwise those of a
 core. **Not run on a GPU**, and so never with asynchronous scheduling: both engines step
 synchronously on a CPU. The prediction (claim engine, grade P1: a calibration by light load) was on
-disk before the first run. Rates in req/s; intervals are of 95 %. `sglang_fixed` was measured again, with
-other rates: at 1.35 of the claim it had served 1.21 of it (`docs/sglang.md` says why). Six more rows
-were measured again; `docs/predictors.md` has why, and what they said before.
+disk before the first run. Rates in req/s; intervals are of 95 %. Some rows were measured more than
+once: `docs/predictors.md` has each of them, why, and what it had said before.
 
 {summary}
 
