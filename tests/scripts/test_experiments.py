@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +24,15 @@ OWN_STEP_S = {"tiny": 0.0065, "small": 0.0175}
 """Of engines whose step time is not set, as docs/engines.md measured it."""
 LARGE = ("vllm_paper_1_1", "vllm_paper_2_1", "vllm_paper_1_2")
 """Millions of pairs of lengths: their plans take too long to be tested here."""
-LONG_MIN = {"vllm_headroom": 19, "sglang_fixed": 21, "vllm_paper_1_2": 85, "sglang_may_end": 15}
-"""Watched at three rates for minutes each; filled three times until its waves are those that last;
-requests of a minute each, at 10 % above what is served; work that comes in swells."""
+LONG_MIN = {
+    "vllm_headroom": 19,
+    "sglang_fixed": 30,
+    "sglang_nearly_fixed": 16,
+    "vllm_paper_1_2": 85,
+    "sglang_may_end": 15,
+}
+"""Watched at three rates for minutes each; filled five times, and twice, a little above what is served,
+until the waves are those that last; requests of a minute each; work that comes in swells."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,10 @@ def test_every_config_is_a_row_and_its_claim_is_fixed(script: ModuleType) -> Non
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(LARGE)))
 def test_its_runs_are_long_enough(name: str) -> None:
-    """Under the law that is set every run can answer more often than not, and every request fits."""
+    """Under the law that is set every load can be answered more often than not, and every request fits.
+
+    Several runs at one load ask one question: one of them that answers will do.
+    """
     config = load_config(CONFIGS[name])
     assert config.server is not None and config.server.launch is not None
     launch = config.server.launch
@@ -76,7 +86,9 @@ def test_its_runs_are_long_enough(name: str) -> None:
         seed=config.load.seed,
         prediction_digest="",
     )
-    assert min(plan.power) > 0.7
+    for load in set(config.load.rates):
+        powers = [p for p, of in zip(plan.power, config.load.rates, strict=True) if of == load]
+        assert 1 - math.prod(1 - p for p in powers) > 0.7
     expected = {"vllm_sequence_bound": "max_num_seqs", "vllm_token_bound": "max_num_batched_tokens"}
     usual = "output_reservation" if launch.runs == "sglang" else "kv_cache"
     assert claim.binding == expected.get(name, usual)
