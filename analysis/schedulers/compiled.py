@@ -261,7 +261,9 @@ def _log(state: State, slot: int, row: Any, start_s: float, duration_s: float) -
     row.running = books.running
     row.waiting = books.waiting
     row.recomputed_tokens = step.recomputed_tokens
-    row.preempted = step.preempted
+    # Also of a pass that then had nothing to run.
+    row.preempted = books.preemptions - books.preempted_logged
+    books.preempted_logged = books.preemptions
 
 
 @jit

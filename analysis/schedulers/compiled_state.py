@@ -66,7 +66,7 @@ would not take it. ``first_s`` and ``last_s`` are when it got its tokens, NaN be
 
 BOOKS = record(
     "free_blocks preemptions prompt_tokens generation_tokens recomputed_tokens steps_with_output"
-    " step_tokens finished running waiting first_waiting last_waiting ahead",
+    " step_tokens finished running waiting first_waiting last_waiting ahead preempted_logged",
     "new_token_ratio",
 )
 """Counters of the engine, the two ends of the queue, and the slot of the step scheduled ahead."""

@@ -34,6 +34,7 @@ class StepLog:
     waiting: NDArray[np.int64]
     recomputed_tokens: NDArray[np.int64]
     preempted: NDArray[np.int64]
+    """Requests, since the step before started: by whatever pass chose what to run."""
 
 
 ROW = np.dtype(
@@ -189,7 +190,7 @@ def _plain(
     steps: list[tuple[float | int, ...]] = []
     next_sample_s = 0.0
     now_s = 0.0
-    arrived = 0
+    arrived = preempted = 0
     arrivals = arrival_s.tolist()
     noise, slower = step_factors.tolist(), slowdown.tolist()
     shown = engine.sample(0)
@@ -204,7 +205,8 @@ def _plain(
             duration_s = step_time(step.tokens, step.kv_tokens, len(step.scheduled))
             duration_s *= noise[len(steps) % len(noise)]
             duration_s *= slower[int(now_s / horizon_s * len(slower))]
-            steps.append((now_s, duration_s, *_row(step, engine)))
+            steps.append((now_s, duration_s, *_row(step, engine), engine.preemptions - preempted))
+            preempted = engine.preemptions
             end_s = now_s + duration_s
         while next_sample_s < min(end_s, horizon_s):
             samples.append(
@@ -234,7 +236,7 @@ def _log(rows: NDArray[np.void]) -> StepLog:
 
 
 def _row(step: Step, engine: Engine) -> tuple[int, ...]:
-    """A row of StepLog after its two times."""
+    """A row of StepLog between its two times and who was preempted."""
     return (
         step.tokens,
         step.kv_tokens,
@@ -242,7 +244,6 @@ def _row(step: Step, engine: Engine) -> tuple[int, ...]:
         len(engine.running),
         len(engine.waiting),
         step.recomputed_tokens,
-        step.preempted,
     )
 
 

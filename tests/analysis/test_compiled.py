@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from analysis.schedulers.engine import EngineLimits, SGLangRules
@@ -109,7 +109,12 @@ drawn_requests = st.lists(
 factors = st.none() | st.lists(st.floats(0.2, 5.0), min_size=1, max_size=7)
 
 
+IN_VAIN = EngineLimits(num_blocks=26, block_size=4, max_num_batched_tokens=4, async_scheduling=True)
+"""A pass preempts one of the two requests of the example, and then has nothing to run."""
+
+
 @settings(max_examples=100, deadline=None)
+@example(IN_VAIN, [(1.25, 27, 10, 1), (1.0625, 43, 23, 0)], False, None, None, None)
 @given(
     *(vllm_limits | sglang_limits, drawn_requests, st.booleans(), st.none() | st.floats(0.01, 3)),
     *(factors, factors),
