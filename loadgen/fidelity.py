@@ -119,10 +119,11 @@ def _schedule_check(
 ) -> FidelityCheck:
     due_ns = schedule_ns(due_s[due_s < end_s], start_ns)
     recorded_ns = np.array([r.scheduled_ns for r in records], dtype=np.int64)
-    # Paired by rank to 1 us: another version of numpy may round the sums differently.
+    # Paired by rank to 2 us: evidence keeps instants to 1 us, and another numpy may round the sums
+    # differently.
     wrong = abs(len(due_ns) - len(recorded_ns))
     if not wrong:
-        wrong = int((np.abs(np.sort(recorded_ns) - due_ns) > 1000).sum())
+        wrong = int((np.abs(np.sort(recorded_ns) - due_ns) > 2000).sum())
     return FidelityCheck(
         name="schedule",
         passed=wrong == 0,

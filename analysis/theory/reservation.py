@@ -51,7 +51,7 @@ from analysis.theory.reserved_demand import (
 )
 from analysis.theory.reserved_room import allowed_by_pool, charges_of, in_rows, usable_tokens
 from analysis.theory.saw_tooth import saturated
-from analysis.theory.wave_walk import FILLS, Admission, waves
+from analysis.theory.wave_walk import GENTLE_LOAD, Admission, waves
 from loadgen.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -61,9 +61,10 @@ MODEL_ERROR = 0.01
 saturation, where the whole output is set aside and ten or more run: at most 1.2 % off in 18 settings."""
 MODEL_ERROR_RATIO = 0.012
 """The same where the ratio decides: `scripts/known_truth --set-aside`."""
-MODEL_ERROR_WAVES = 0.01
-"""Of what is served to equal outputs that stay in waves, the mean over fills of the batch; to it comes
-the scatter from one fill to the next. `scripts/known_truth --waves`."""
+MODEL_ERROR_WAVES = 0.02
+"""Of what is served to equal outputs that stay in waves, the mean over fills of the batch, against
+truths that are known to 1 to 2 % themselves (`scripts/known_truth --waves`); to it comes the scatter
+from one fill to the next."""
 MODEL_ERROR_WAVES_RATIO = 0.15
 """The same where the ratio decides, which no walk plays: equal outputs overflow the pool together, and
 32 % more was served."""
@@ -121,11 +122,16 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
     notes = []
     if looks_ahead(workload, limits) and not sets_all_aside(workload, limits):
         notes.append("admission looks ahead; the closed form takes the ratio rule alone")
-    if keeps_its_fill(workload, limits):
+    if found.scatter:
         notes.append(
             "outputs are nearly fixed: requests that were admitted together leave together and share "
             "prefill steps, so that the rate depends on how the batch was filled; this is the one at "
-            "which a fill serves, in the mean, what is offered: keep load.rates below 1.1"
+            f"which a fill serves, in the mean, what is offered: overload it by {GENTLE_LOAD:g}"
+        )
+    elif keeps_its_fill(workload, limits):
+        notes.append(
+            "outputs are nearly fixed, and the rate depends on how the batch was filled: the closed "
+            "form of independent requests stands here, known to 30 %"
         )
     if found.ratio < 1:
         notes.append(f"new_token_ratio is taken as {found.ratio:.3f} under saturation")
@@ -167,7 +173,7 @@ def _model_error(workload: Workload, limits: EngineLimits, found: Reserving) -> 
     if forms_cohorts(workload):
         if found.ratio < 1:
             return MODEL_ERROR_WAVES_RATIO
-        return math.hypot(MODEL_ERROR_WAVES, found.scatter * math.sqrt(1 + 1 / FILLS))
+        return math.hypot(MODEL_ERROR_WAVES, found.scatter, MODEL_ERROR_ALONE / found.running)
     error = MODEL_ERROR if found.ratio == 1 else MODEL_ERROR_RATIO
     if looks_ahead(workload, limits) and found.ratio < 1:
         error = MODEL_ERROR_LOOKING
@@ -204,9 +210,14 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     prefill_steps = passes * steps_per_pass(workload, limits, max(1 / passes, 1.0))
     scatter = 0.0
     if forms_cohorts(workload) and tooth is None:
-        filled = waves(law, _admission(limits, demand), x / (1 + prefill_steps * x))
-        x, prefill_steps = filled.requests, filled.prefill_steps * (1 - alone)
-        scatter = filled.scatter
+        stretch = 1 + prefill_steps * x
+        chunk = limits.max_num_batched_tokens or int(law.prompt_tokens.max())
+        residence = (law.output_tokens - 1) * stretch + -(-law.prompt_tokens // chunk)
+        admission = _admission(law, limits, demand)
+        filled = waves(law, admission, x / stretch, math.ceil(float(residence.max())))
+        x, scatter = filled.requests, filled.scatter
+        events = filled.prefill_steps * (1 - alone)
+        prefill_steps = events * passes_in_a_row(alone, events)
     return Reserving(
         requests=x / (1 - alone),
         by_pool=by_pool / (1 - alone),
@@ -219,18 +230,22 @@ def reserving(workload: Workload, limits: EngineLimits) -> Reserving:
     )
 
 
-def _admission(limits: EngineLimits, demand: ReservedDemand) -> Admission:
+def _admission(law: Workload, limits: EngineLimits, demand: ReservedDemand) -> Admission:
     """What admission goes by; a request takes the mean room that it holds between decode steps."""
     assert limits.sglang is not None
     charges, steps = charges_of(demand), demand.decode_steps
     growth = (charges.released - charges.kept) / steps
     kept = demand.reserved / steps - growth * (steps - 1) / 2
-    chunk, most = limits.max_num_batched_tokens, limits.sglang.max_prefill_tokens
+    # The head of the queue is asked for its prompt by the token, and charged with it by the page.
+    unpaged = -law.prompt_tokens % limits.block_size
     return Admission(
-        charges=replace(charges, kept=kept, released=kept + growth * steps),
+        charges=replace(
+            charges, asked=charges.asked - unpaged, kept=kept, released=kept + growth * steps
+        ),
         room_tokens=limits.pool_tokens,
         rows=limits.max_num_seqs,
-        prefill_tokens=most if chunk is None else min(chunk, most),
+        chunk=limits.max_num_batched_tokens,
+        max_prefill_tokens=limits.sglang.max_prefill_tokens,
         page=limits.block_size,
         lags=limits.async_scheduling,
     )

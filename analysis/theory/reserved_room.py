@@ -18,7 +18,7 @@ SETTLED = 3
 
 
 def usable_tokens(workload: Workload, limits: EngineLimits, demand: ReservedDemand) -> float:
-    """The pool less the room u that the head of the queue leaves; see the module."""
+    """The pool less the room u that the head of the queue leaves, see `analysis.theory.reservation`."""
     if demand.ratio < 1:
         return limits.pool_tokens - walked(workload, limits, demand)[1].unused_tokens
     kept = demand.kept
@@ -42,6 +42,7 @@ def walked(law: Workload, limits: EngineLimits, demand: ReservedDemand) -> tuple
 
 
 def charges_of(demand: ReservedDemand) -> Charges:
+    """What admission makes of each request, see `analysis.theory.room_walk`."""
     return Charges(
         asked=demand.asked,
         charged=demand.declared,

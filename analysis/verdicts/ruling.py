@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from analysis.numbers.estimate import Estimate, ratio
 from analysis.numbers.formatting import load_label
 from analysis.theory.reserved_demand import keeps_its_fill
-from analysis.theory.wave_walk import FILL_RESIDENCES
+from analysis.theory.wave_walk import FILL_RESIDENCES, GENTLE_LOAD
 from analysis.verdicts.audit import binding_resource
 from analysis.verdicts.evidence import Evidence
 from analysis.verdicts.identity import Identity
 from analysis.verdicts.run_verdict import MIN_BACKLOG_RESIDENCES, Capacity
 from analysis.verdicts.verdict import Check, Outcome, RunJudgement, agreement
 from analysis.verdicts.wave_advice import mend
-
-GENTLE_LOAD = 1.06
-"""Of the predicted rate: an overload, or nearly one, that hardly feeds a server which keeps its fill."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.inference.capacity import Backlog, work_served
 from analysis.numbers.estimate import Estimate
@@ -16,7 +17,7 @@ from analysis.schedulers.step_time import StepTime, exact_step_time
 from analysis.theory.critical_rate import predict
 from analysis.theory.prediction import Prediction
 from analysis.theory.reserved_demand import keeps_its_fill
-from analysis.theory.wave_walk import FILL_RESIDENCES, FILL_ROUNDS, FILLS
+from analysis.theory.wave_walk import FILL_RESIDENCES, FILLS, meeting
 from analysis.verdicts.evidence import work_demand
 from loadgen.records import Run
 from loadgen.workload import Workload
@@ -53,19 +54,17 @@ def simulated_rate(
     rate = first.critical_rate.value
     if not keeps_its_fill(workload, limits):
         return _saturated(first, workload, limits, law, requests, seed, overload * rate)
-    seeds = np.random.SeedSequence(seed).generate_state(FILLS)
-    each, offered = math.ceil(requests / FILLS), rate
-    for _ in range(FILL_ROUNDS):
-        found = np.array(
-            [
-                _saturated(first, workload, limits, law, each, int(own), offered).value
-                for own in seeds
-            ]
-        )
-        if abs(found.mean() - offered) < found.std(ddof=1) / math.sqrt(FILLS):
-            break
-        offered = float(found.mean())
-    one_more = float(found.std(ddof=1)) * math.sqrt(1 + 1 / FILLS)
+    seeds = np.random.SeedSequence(seed).generate_state(FILLS).tolist()
+    each = math.ceil(requests / FILLS)
+
+    def served(offered: float) -> NDArray[np.float64]:
+        rates = [
+            _saturated(first, workload, limits, law, each, own, offered).value for own in seeds
+        ]
+        return np.array(rates)
+
+    found, known_to = meeting(served, rate)
+    one_more = math.hypot(float(found.std(ddof=1)), known_to)
     half = student_quantile(0.975, FILLS - 1) * one_more
     mean = float(found.mean())
     method = f"simulated overload of {FILLS} servers, each filled anew; interval: of one"
@@ -97,7 +96,8 @@ def _saturated(
     rng = np.random.default_rng(seed)
     wanted = run.arrival_rate * run.horizon_s
     gaps_s = rng.exponential(1 / run.arrival_rate, math.ceil(wanted + 10 * math.sqrt(wanted) + 10))
-    # Memory is full by the end of the warm-up: a reserve at the back of the queue starts no cohort.
+    # Memory is full by the end of the warm-up, unless less is offered than is served: a reserve at the
+    # back of the queue then starts no cohort.
     faster = FASTER * rate * window_s if waves else 0.0
     backlog = math.ceil(first.running + 4 * math.sqrt(2 * window_s * rate) + faster)
     arrival_s = np.sort(np.concatenate([np.cumsum(gaps_s), np.full(backlog, warm_up_s)]))

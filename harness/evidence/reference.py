@@ -21,7 +21,7 @@ from harness.records.store import STAGES, Store, StoreError
 MOST_BYTES = 300_000
 """Of the Parquet of one row."""
 INSTANT_NS = 1000
-"""Instants are kept to the microsecond: a verdict's numbers move by a millionth of their errors."""
+"""Instants are kept to the microsecond: measured rates move by a hundred-millionth of themselves."""
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|usr|opt|var|mnt|data|work|Users)/")
 
 
@@ -81,7 +81,7 @@ def _keep_run(judged: Store, run_id: str, new: Path) -> int:
 
 def _to_the_microsecond(record: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: value // INSTANT_NS * INSTANT_NS
+        key: (value + INSTANT_NS // 2) // INSTANT_NS * INSTANT_NS
         if key.endswith("_ns") and value is not None
         else value
         for key, value in record.items()

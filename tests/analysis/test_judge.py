@@ -133,8 +133,8 @@ def of_equal_outputs_on_sglang(
 
 def test_waves_that_the_load_itself_made_refute_no_prediction() -> None:
     config = of_equal_outputs_on_sglang(2048, (0.8, 1.35))
-    found = [rehearse(config, seed) for seed in (5, 8, 9)]
-    # Seeds at which the served rate alone, 27 to 31 % above a right prediction, refuted it.
+    found = [rehearse(config, seed) for seed in (5, 8, 14)]
+    # Seeds at which the served rate alone, 25 % above a right prediction, would refute it.
     assert all(verdict.ratio is not None and verdict.ratio.low > 1.1 for verdict in found)
     assert {verdict.outcome for verdict in found} == {"inconclusive"}
     for verdict in found:

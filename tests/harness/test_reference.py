@@ -48,12 +48,12 @@ def test_what_is_kept_is_small_and_says_the_same(judged: Store, tmp_path: Path) 
 
 
 def to_the_microsecond(kept: Sequence[Any], measured: Sequence[Any]) -> None:
-    """Instants are the last whole microsecond, everything else is unchanged."""
+    """Instants are the nearest microsecond, everything else is unchanged."""
     assert len(kept) == len(measured) > 0
     for one, other in zip(map(asdict, kept), map(asdict, measured), strict=True):
         for name, value in other.items():
             whole = name.endswith("_ns") and value is not None
-            assert one[name] == (value // 1000 * 1000 if whole else value), name
+            assert one[name] == ((value + 500) // 1000 * 1000 if whole else value), name
 
 
 def test_keeping_again_replaces_and_failing_keeps_what_was_there(
