@@ -126,7 +126,7 @@ def sglang_point(workload: Workload, limits: EngineLimits, chunk: int | None) ->
         notes.append(
             "outputs are nearly fixed: requests that were admitted together leave together and share "
             "prefill steps, so that the rate depends on how the batch was filled; this is the one at "
-            f"which a fill serves, in the mean, what is offered: overload it by {GENTLE_LOAD:g}"
+            f"which a fill serves, in the mean, what is offered: keep load.rates to {GENTLE_LOAD:g}"
         )
     elif keeps_its_fill(workload, limits):
         notes.append(
