@@ -159,6 +159,9 @@ class SessionClient:
         task.add_done_callback(over)
         return _TaskFlight(stream, task)
 
+    def catch_up(self) -> None:
+        """All is read as it comes."""
+
     async def close(self) -> None:
         """Wait for requests that were stopped."""
         await asyncio.gather(*self._tasks, return_exceptions=True)

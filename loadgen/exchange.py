@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ server closes it would fail a request for no fault of the engine."""
 # Quotes inside a JSON string are escaped, so these never match generated text.
 CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 COMPACT_CONTENT = b'"choices":[{'
+CHOICES = b'"choices"'
 USAGE = b'"completion_tokens"'
 DONE = b"[DONE]"
 ERROR = b'"error"'
@@ -56,6 +57,9 @@ class Client(Protocol):
         self, request: Request, ended: Callable[[RequestRecord], None], timeout_s: float | None
     ) -> Flight:
         """Send now; ``ended`` gets the record once, never before this returns."""
+
+    def catch_up(self) -> None:
+        """Take in all that has come; records of what ended with it are handed over meanwhile."""
 
     async def close(self) -> None:
         """Close every connection."""
@@ -106,7 +110,7 @@ class TokenStream:
 
     def ending(self) -> tuple[Outcome, str | None]:
         """How a stream that the server closed in good order ended."""
-        for event in reversed(_events(self.content)):
+        for event in _last_events(self.content, CHOICES):
             for choice in event.get("choices") or ():
                 reason = choice.get("finish_reason")
                 if reason is not None and "abort" not in str(reason):
@@ -196,19 +200,20 @@ def in_short(problem: BaseException) -> str:
 
 
 def _counts(data: bytes) -> tuple[int | None, int | None]:
-    for event in reversed(_events(data)):
+    for event in _last_events(data, USAGE):
         usage = event.get("usage")
         if isinstance(usage, dict):
             return usage.get("completion_tokens"), usage.get("prompt_tokens")
     return None, None
 
 
-def _events(data: bytes) -> list[dict[str, Any]]:
-    """Parsed events without damaged ones: their finish reason or counts will then be missing."""
-    events = []
-    for line in data.splitlines():
-        payload = line.removeprefix(b"data:").strip()
-        if payload.startswith(b"{"):
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(payload))
-    return events
+def _last_events(data: bytes, mark: bytes) -> Iterator[dict[str, Any]]:
+    """Parsed events that contain ``mark``, the last first, without damaged ones."""
+    end = len(data)
+    while (at := data.rfind(mark, 0, end)) >= 0:
+        end = data.rfind(b"\n", 0, at) + 1
+        payload = data[end:].partition(b"\n")[0].removeprefix(b"data:")
+        with contextlib.suppress(ValueError):
+            event = json.loads(payload)
+            if isinstance(event, dict):
+                yield event

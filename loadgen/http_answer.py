@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Literal
 
 MAX_HEAD_BYTES = 65_536
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+LAST_CHUNK_BYTES = len(b"0\r\n\r\n")
+SIXTEEN = itertools.repeat(16)
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: .*)?", re.DOTALL)
 
@@ -24,7 +28,7 @@ connection, or the size of a chunk, the chunk, its line end, and the trailers af
 class Answer:
     """The parser of one answer. ``status`` is known after the head, ``part`` says where it stands."""
 
-    __slots__ = ("_left", "_rest", "_size_line", "_whole_bytes", "keep_alive", "part", "status")
+    __slots__ = ("_left", "_rest", "keep_alive", "part", "status")
 
     def __init__(self) -> None:
         self.status: int | None = None
@@ -33,9 +37,6 @@ class Answer:
         """May the connection take another request after this answer?"""
         self._left = 0
         self._rest = b""
-        self._size_line = b""
-        self._whole_bytes = 0
-        """Of the last read that was one whole chunk: its beginning, and how many bytes it had."""
 
     def feed(self, data: bytes) -> bytes:
         """The bytes of the body among those of one read, joined. Raises BadAnswer.
@@ -44,14 +45,8 @@ class Answer:
         """
         if self._rest:
             data, self._rest = self._rest + data, b""
-        elif (
-            len(data) == self._whole_bytes
-            and self.part == "chunk size"
-            and data.startswith(self._size_line)
-            and data.endswith(b"\r\n")
-        ):
-            # Almost every read of a token stream is one chunk, whole, as long as the one before.
-            return data[len(self._size_line) : -2]
+        elif self.part == "chunk size" and (body := self._whole_chunks(data)):
+            return body
         pieces: list[bytes] = []
         at, size_bytes = 0, len(data)
         while at < size_bytes and self.part != "over":
@@ -63,8 +58,6 @@ class Answer:
                     end = 0
                 if at < line_end < end - 2 and data[end : end + 2] == b"\r\n":
                     pieces.append(data[line_end + 2 : end])
-                    if at == 0 and end + 2 == size_bytes:
-                        self._size_line, self._whole_bytes = data[: line_end + 2], size_bytes
                     at = end + 2
                     continue
             at = self._step(data, at, pieces)
@@ -78,6 +71,24 @@ class Answer:
             self.part = "over"
         self.keep_alive = False
         return self.part == "over"
+
+    def _whole_chunks(self, data: bytes) -> bytes:
+        """The body of a read that is whole chunks, all of one line, as those of token streams are.
+
+        Of any other read nothing, and nothing is changed then.
+        """
+        over = data.endswith(LAST_CHUNK)
+        lines = (data[:-LAST_CHUNK_BYTES] if over else data).split(b"\r\n")
+        pieces = lines[1::2]
+        try:
+            sizes = list(map(int, lines[:-1:2], SIXTEEN))
+        except ValueError:
+            return b""
+        if lines[-1] or sizes != list(map(len, pieces)) or 0 in sizes:
+            return b""
+        if over:
+            self.part = "over"
+        return b"".join(pieces)
 
     def _step(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         """One element of the answer from ``at`` on; returns where the next one begins."""

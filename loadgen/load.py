@@ -58,6 +58,10 @@ class Load:
         """What each request in flight has brought so far, by its id."""
         return {id: flight.stream for id, flight in self.flying.items()}
 
+    def catch_up(self) -> None:
+        """Take in all that has come: a client may be behind with its reading."""
+        self.client.catch_up()
+
     def set_alarm(self) -> None:
         """To be called when the schedule begins or has grown."""
         last = self.turn >= len(self.scheduled_ns)

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -108,14 +109,8 @@ def without_collection_pauses() -> Iterator[None]:
             gc.enable()
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
-
-
-class _Timer(ctypes.Structure):
-    _fields_ = (("interval", _Timespec), ("value", _Timespec))
-
-
+_TIMER = struct.Struct("@4l")
+"""Interval and value, each in seconds and nanoseconds."""
 # From Python 3.13 on, os has these calls itself.
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -132,6 +127,6 @@ def _timerfd() -> int | None:
 def _set_timerfd(fd: int, at_ns: int) -> None:
     """Fire once at this instant, at once if it has passed; 0: not at all."""
     assert _libc is not None
-    timer = _Timer(value=_Timespec(*divmod(at_ns, SECOND_NS)))
-    if _libc.timerfd_settime(fd, TFD_TIMER_ABSTIME, ctypes.byref(timer), None):
+    timer = _TIMER.pack(0, 0, *divmod(at_ns, SECOND_NS))
+    if _libc.timerfd_settime(fd, TFD_TIMER_ABSTIME, timer, None):
         raise OSError(ctypes.get_errno(), "timerfd_settime failed")

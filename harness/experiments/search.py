@@ -54,6 +54,7 @@ class Watch:
 
     def look(self, load: Load, before: Look) -> Look:
         """What stands at this moment; gauges over the samples since the look ``before``."""
+        load.catch_up()
         now_ns = time.monotonic_ns()
         fresh, self.summed = self.records[self.summed :], len(self.records)
         self.departures += sum(record.outcome == "completed" for record in fresh)

@@ -1,0 +1,245 @@
+"""What is read late is known as well as what is read at once: instants, ends, what has come so far."""
+
+import asyncio
+import json
+import socket
+import struct
+import threading
+import time
+from contextlib import asynccontextmanager, closing
+
+import pytest
+import uvloop
+
+from loadgen import kernel_time
+from loadgen.exchange import Request
+from loadgen.kernel_time import READ_BYTES, KernelTime, NoStamp, receive, stamped
+from loadgen.late_reading import LATE_S
+from loadgen.lean_client import LeanClient
+from loadgen.pacing import Alarm
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+MS = 1_000_000
+STALL_S = 1.5 * LATE_S
+
+pytestmark = pytest.mark.skipif(
+    not KernelTime().works, reason="this kernel does not say when bytes arrive"
+)
+
+
+def event(tokens, finish=None, text=" a"):
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+    choice = {"index": 0, "text": text, "finish_reason": finish}
+    data = f"data: {json.dumps({'choices': [choice], 'usage': usage})}\n\n".encode()
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Server(threading.Thread):
+    """Plays pieces, each after a pause, to one connection; notes when it had written each.
+
+    It runs beside the event loop, so that one that stands still does not stop it.
+    """
+
+    def __init__(self, pieces):
+        super().__init__(daemon=True)
+        self.pieces = pieces
+        self.written_ns = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1/completions"
+        self.done = threading.Event()
+
+    def run(self):
+        with closing(self.listener):
+            there, _ = self.listener.accept()
+        with closing(there):
+            there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            there.recv(65536)
+            for pause_s, piece in self.pieces:
+                time.sleep(pause_s)
+                if piece is None:
+                    # A reset.
+                    there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
+                there.sendall(piece)
+                self.written_ns.append(time.monotonic_ns())
+            self.done.set()
+            there.recv(1)
+
+
+@asynccontextmanager
+async def asked(server, timeout_s=None):
+    """The lean client, its flight to the server, and the future record of it."""
+    server.start()
+    alarm = Alarm()
+    client = LeanClient({}, alarm)
+    record = asyncio.get_running_loop().create_future()
+    request = Request(
+        id=0,
+        url=server.url,
+        body=b"{}",
+        scheduled_ns=time.monotonic_ns(),
+        prompt_tokens=1,
+        output_tokens_designed=3,
+        max_tokens=3,
+    )
+    yield client, client.send(request, record.set_result, timeout_s), record
+    await client.close()
+    alarm.close()
+    server.join(2.0)
+
+
+STREAM = [
+    (0.0, HEAD + event(1)),
+    (0.03, event(2)),
+    (0.01, event(3, "length") + END),
+]
+
+
+def test_bytes_read_late_have_the_instant_of_their_arrival():
+    held = KernelTime()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+        there, _ = server.accept()
+        with here, there:
+            stamped(here)
+            off_ns = []
+            for _ in range(5):
+                there.sendall(b"a")
+                time.sleep(0.005)
+                there.sendall(b"b")
+                written_ns = time.monotonic_ns()
+                time.sleep(0.03)
+                data, at_ns = receive(here)
+                assert data == b"ab"
+                off_ns.append(at_ns - written_ns)
+    held.close()
+    # The host of a test may stand still now and then, not always.
+    assert sorted(abs(off) for off in off_ns)[2] < 2 * MS
+
+
+def test_bytes_without_an_instant_are_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+        there, _ = server.accept()
+        with here, there:
+            there.sendall(b"a")
+            with pytest.raises(NoStamp):
+                receive(here)
+
+
+def test_a_clock_that_runs_ahead_makes_no_instant_of_the_future(monkeypatch):
+    held = KernelTime()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+        there, _ = server.accept()
+        with here, there:
+            stamped(here)
+            there.sendall(b"a")
+            monkeypatch.setattr(kernel_time.time, "time_ns", lambda: 0)
+            _, at_ns = receive(here)
+    held.close()
+    assert at_ns <= time.monotonic_ns()
+
+
+def test_an_end_is_known_to_the_millisecond_by_a_client_that_stood_still():
+    off_ms = []
+    for _ in range(5):
+        server = Server(STREAM)
+
+        async def scenario(server=server):
+            async with asked(server) as (_, flight, record):
+                while flight.stream.first_token_ns is None:
+                    await asyncio.sleep(0)
+                time.sleep(STALL_S)
+                return await record
+
+        record = uvloop.run(scenario())
+        assert (record.outcome, record.output_tokens) == ("completed", 3)
+        off_ms.append(abs(record.last_token_ns - server.written_ns[-1]) / MS)
+    assert sorted(off_ms)[2] < 2.0
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run])
+def test_a_request_that_ended_unread_is_complete_when_it_is_stopped(run):
+    server = Server(STREAM)
+
+    async def scenario():
+        async with asked(server) as (_, flight, record):
+            while flight.stream.first_token_ns is None:
+                await asyncio.sleep(0)
+            assert server.done.wait(2.0)
+            flight.stop()
+            return await record
+
+    assert run(scenario()).outcome == "completed"
+
+
+def test_a_deadline_reads_what_had_come_before_it():
+    ended = Server(STREAM)
+    late = Server([*STREAM[:2], (5 * LATE_S, STREAM[2][1])])
+
+    async def scenario(server):
+        async with asked(server, timeout_s=0.9 * LATE_S) as (_, _, record):
+            return await record
+
+    assert uvloop.run(scenario(ended)).outcome == "completed"
+    record = uvloop.run(scenario(late))
+    assert (record.outcome, record.output_tokens) == ("timed_out", 2)
+
+
+def test_catching_up_shows_what_has_come():
+    server = Server([*STREAM[:2], (5 * LATE_S, STREAM[2][1])])
+
+    async def scenario():
+        async with asked(server) as (client, flight, record):
+            while flight.stream.first_token_ns is None:
+                await asyncio.sleep(0)
+            time.sleep(0.06)
+            before = flight.stream.content_events
+            client.catch_up()
+            return before, flight.stream.content_events, (await record).outcome
+
+    assert uvloop.run(scenario()) == (1, 2, "completed")
+
+
+def test_more_than_one_read_takes():
+    events = [event(n, text="x" * 900) for n in range(2, 3 * READ_BYTES // 1000)]
+    pieces = [(0.0, HEAD + event(1)), (0.01, b"".join(events)), (0.0, event(999, "stop") + END)]
+    server = Server(pieces)
+
+    async def scenario():
+        async with asked(server) as (_, _, record):
+            return await record
+
+    record = uvloop.run(scenario())
+    assert (record.outcome, record.output_tokens) == ("completed", 999)
+
+
+def test_a_connection_that_breaks_unread_is_a_failure_that_says_so():
+    server = Server([*STREAM[:2], (0.0, None)])
+
+    async def scenario():
+        async with asked(server) as (_, _, record):
+            return await record
+
+    record = uvloop.run(scenario())
+    assert (record.outcome, record.output_tokens) in (("failed", 1), ("failed", 2))
+    assert record.error.startswith("Server disconnected before the answer's end: Connection")
+
+
+def test_where_the_kernel_is_silent_all_is_read_as_it_comes(monkeypatch):
+    monkeypatch.setattr(KernelTime, "_begin", lambda self: False)
+    server = Server([*STREAM[:2], (5 * LATE_S, STREAM[2][1])])
+
+    async def scenario():
+        async with asked(server) as (client, flight, record):
+            while flight.stream.content_events < 2:
+                await asyncio.sleep(0)
+            seen_ns = time.monotonic_ns()
+            assert not client.late.possible
+            return seen_ns, await record
+
+    seen_ns, record = uvloop.run(scenario())
+    assert record.outcome == "completed"
+    assert seen_ns - server.written_ns[1] < 0.5 * LATE_S * 1e9
