@@ -83,7 +83,7 @@ def test_equal_outputs_under_sglang_are_served_as_chance_filled_the_batch(
     """
     workload, law = wl.fixed(32, 32), StepTime(b0_s=0.05)
     bounds = EngineLimits(
-        num_blocks=2048,
+        num_blocks=768,
         block_size=1,
         max_num_seqs=256,
         max_num_batched_tokens=2048,
