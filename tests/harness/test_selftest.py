@@ -188,23 +188,25 @@ def test_a_machine_too_busy_for_any_rate_is_said(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("sent_late_ms", "read_late_ms", "outcome", "reached"),
+    ("sent_late_ms", "first_late_ms", "read_late_ms", "outcome", "reached"),
     [
-        (0.5, 1.0, "completed", True),
-        (6.0, 1.0, "completed", False),
-        (0.5, 50.0, "completed", False),
-        (0.5, 1.0, "failed", False),
+        (0.5, 1.0, 1.0, "completed", True),
+        (6.0, 1.0, 1.0, "completed", False),
+        (0.5, 50.0, 1.0, "completed", False),
+        (0.5, 1.0, 50.0, "completed", False),
+        (0.5, 1.0, 1.0, "failed", False),
     ],
 )
 def test_a_load_is_reached_when_it_is_sent_and_read_in_time(
-    sent_late_ms: float, read_late_ms: float, outcome: Any, reached: bool
+    sent_late_ms: float, first_late_ms: float, read_late_ms: float, outcome: Any, reached: bool
 ) -> None:
+    first_ms = INTERVAL_MS + first_late_ms
     took_ms = 64 * INTERVAL_MS + read_late_ms
     record = RequestRecord(
         id=0,
         scheduled_ns=0,
         sent_ns=round(sent_late_ms * 1e6),
-        first_token_ns=1,
+        first_token_ns=round((sent_late_ms + first_ms) * 1e6),
         last_token_ns=round((sent_late_ms + took_ms) * 1e6),
         prompt_tokens=1,
         output_tokens_designed=64,
