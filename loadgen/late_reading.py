@@ -63,16 +63,18 @@ class LateReading:
     def _read_round(self) -> None:
         unread = self._unread
         now_ns = time.monotonic_ns()
-        for _ in range(MOST_IN_A_ROUND):
-            if not unread or unread[0][0] > now_ns:
-                break
-            now_ns = self._read_next(now_ns)
-        if not unread:
+        try:
+            for _ in range(MOST_IN_A_ROUND):
+                if not unread or unread[0][0] > now_ns:
+                    break
+                now_ns = self._read_next(now_ns)
+        finally:
+            # Whatever one of them raises, the others have their turn.
             self._round = None
-            return
-        wait_s = (unread[0][0] - now_ns) / SECOND_NS
-        wait_s = max(wait_s, ROUND_S) if wait_s > 0 else 0.0
-        self._round = self._loop.call_later(wait_s, self._read_round)
+            if unread:
+                wait_s = (unread[0][0] - now_ns) / SECOND_NS
+                wait_s = max(wait_s, ROUND_S) if wait_s > 0 else 0.0
+                self._round = self._loop.call_later(wait_s, self._read_round)
 
     def _read_next(self, now_ns: int) -> int:
         """Read the one whose turn it is, and send what is due; returns the time after that."""
