@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import resource
 
 from loadgen.mendable import Mendable
@@ -21,6 +23,11 @@ def require_file_descriptors(expected_in_flight: int) -> None:
     low: a limit met during the run would end the open loop exactly when the queue grows.
     """
     needed = expected_in_flight + SPARE_FILE_DESCRIPTORS
+    _raise_limit(expected_in_flight, needed)
+    _make_room(needed)
+
+
+def _raise_limit(expected_in_flight: int, needed: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
@@ -31,3 +38,16 @@ def require_file_descriptors(expected_in_flight: int) -> None:
         )
     wanted = needed if hard == resource.RLIM_INFINITY else hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _make_room(needed: int) -> None:
+    """Have the kernel's table of open files grow now.
+
+    It doubles when it is full, and a process of several threads then stands still until every core has
+    taken notice: 10 to 15 ms, in the middle of the load.
+    """
+    file = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, needed - 1))
+    finally:
+        os.close(file)

@@ -10,8 +10,8 @@
  * processes to FILE.0, FILE.1 ...: the kernel deals the connections out) and prints for each process one line
  * of JSON: its CPU seconds, events written, and how late they were written.
  *
- * A record is 32 bytes, little endian: arrival_ns and done_ns (CLOCK_MONOTONIC at the read of the request's
- * first byte, and after the last write; 0: not finished), number (the request's "seed", -1 without one),
+ * A record is 32 bytes, little endian: arrival_ns and done_ns (CLOCK_MONOTONIC when the kernel had what the
+ * first read of the request took, and after the last write; 0: not finished), number (the request's "seed", -1 without one),
  * max_tokens, tokens written (int32 both).
  */
 
@@ -315,16 +315,33 @@ static void closed(struct connection *c, int epoll) {
     }
 }
 
+/* When the bytes of a read arrived, by the kernel's stamp in the clock of the day: however late the read is. */
+static int64_t arrived_ns(struct msghdr *message) {
+    int64_t now = now_ns();
+    for (struct cmsghdr *note = CMSG_FIRSTHDR(message); note; note = CMSG_NXTHDR(message, note)) {
+        if (note->cmsg_level != SOL_SOCKET || note->cmsg_type != SCM_TIMESTAMPNS) continue;
+        struct timespec stamp, day;
+        memcpy(&stamp, CMSG_DATA(note), sizeof stamp);
+        clock_gettime(CLOCK_REALTIME, &day);
+        int64_t ago = (int64_t)(day.tv_sec - stamp.tv_sec) * 1000000000 + day.tv_nsec - stamp.tv_nsec;
+        return ago > 0 ? now - ago : now;
+    }
+    return now;
+}
+
 static void readable(struct connection *c, int epoll) {
     static char bytes[READ_BYTES];
-    int64_t now = now_ns();
-    ssize_t n = recv(c->fd, bytes, sizeof bytes, MSG_DONTWAIT);
+    char notes[CMSG_SPACE(sizeof(struct timespec))];
+    struct iovec room = {bytes, sizeof bytes};
+    struct msghdr message = {
+        .msg_iov = &room, .msg_iovlen = 1, .msg_control = notes, .msg_controllen = sizeof notes};
+    ssize_t n = recvmsg(c->fd, &message, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (n <= 0) {
         closed(c, epoll);
         return;
     }
-    if (!c->in_bytes) c->arrival_ns = now;
+    if (!c->in_bytes) c->arrival_ns = arrived_ns(&message);
     if (c->in_bytes + (size_t)n + 1 > c->in_room) {
         c->in_room = 2 * (c->in_bytes + (size_t)n) + 1;
         c->in = realloc(c->in, c->in_room);
@@ -357,6 +374,7 @@ static int listen_on(int port, int *bound) {
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
+    setsockopt(fd, SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof one); /* and each connection made of it */
     if (bind(fd, (struct sockaddr *)&address, bytes)) fail("bind");
     if (listen(fd, 65535)) fail("listen");
     getsockname(fd, (struct sockaddr *)&address, &bytes);

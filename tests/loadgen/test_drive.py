@@ -2,8 +2,12 @@
 
 import asyncio
 import gc
+import os
+import re
 import resource
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from loadgen.arrivals import poisson, run_arrivals
 from loadgen.client import open_session
 from loadgen.drive import TooFewFileDescriptors, drive, require_file_descriptors
 from loadgen.fidelity import fidelity
+from loadgen.open_files import SPARE_FILE_DESCRIPTORS
 from loadgen.prompts import completion_body, make_prompts
 from loadgen.records import Run
 
@@ -241,6 +246,7 @@ def test_bodies_and_lengths_must_fit_the_arrivals():
 
 def test_the_file_limit_is_raised_or_its_mend_named(monkeypatch):
     limits = [(100, 1000)]
+    monkeypatch.setattr(module, "_make_room", lambda needed: None)
     monkeypatch.setattr(module.resource, "getrlimit", lambda which: limits[-1])
     monkeypatch.setattr(module.resource, "setrlimit", lambda which, pair: limits.append(pair))
     require_file_descriptors(500)
@@ -252,3 +258,16 @@ def test_the_file_limit_is_raised_or_its_mend_named(monkeypatch):
     limits.append((100, resource.RLIM_INFINITY))
     require_file_descriptors(5000)
     assert limits[-1][0] == 5128
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its table of open files")
+def test_the_table_of_open_files_does_not_grow_during_a_load():
+    def table():
+        (line,) = re.findall(r"FDSize:\s*(\d+)", Path("/proc/self/status").read_text())
+        return int(line)
+
+    wanted = 2 * table()
+    before = len(os.listdir("/proc/self/fd"))
+    require_file_descriptors(wanted - SPARE_FILE_DESCRIPTORS)
+    assert table() >= wanted
+    assert len(os.listdir("/proc/self/fd")) == before
