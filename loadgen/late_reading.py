@@ -10,7 +10,7 @@ from typing import Protocol
 from loadgen.kernel_time import KernelTime
 from loadgen.pacing import SECOND_NS, Alarm
 
-LATE_S = 0.1
+LATE_S = 0.2
 """How long bytes wait in the kernel, which has room for some 450 tokens of a stream: more than come in
 this time."""
 LATE_NS = round(LATE_S * SECOND_NS)
