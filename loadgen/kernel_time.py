@@ -62,21 +62,22 @@ class KernelTime:
         self._held.close()
 
     def _begin(self) -> bool:
-        with contextlib.ExitStack() as held:
-            server = held.enter_context(socket.create_server(("127.0.0.1", 0)))
-            here = held.enter_context(socket.create_connection(server.getsockname(), PROBE_S))
-            there = held.enter_context(server.accept()[0])
-            try:
+        try:
+            with contextlib.ExitStack() as held:
+                server = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+                here = held.enter_context(
+                    socket.create_connection(server.getsockname(), timeout=PROBE_S)
+                )
+                there = held.enter_context(server.accept()[0])
                 stamped(here)
-            except OSError:
-                return False
-            for _ in range(PROBES):
-                there.sendall(b"?")
-                try:
-                    receive(here)
-                except NoStamp:
+                for _ in range(PROBES):
+                    there.sendall(b"?")
+                    with contextlib.suppress(NoStamp):
+                        receive(here)
+                        self._held = held.pop_all()
+                        return True
                     time.sleep(PROBE_S / PROBES)
-                else:
-                    self._held = held.pop_all()
-                    return True
+        except OSError:
+            # No such option, or no loopback to try it on.
+            return False
         return False

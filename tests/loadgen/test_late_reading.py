@@ -128,6 +128,16 @@ def test_bytes_without_an_instant_are_an_error():
                 receive(here)
 
 
+def test_where_it_cannot_be_tried_the_kernel_is_taken_to_be_silent(monkeypatch):
+    def refused(address):
+        raise OSError("no loopback")
+
+    monkeypatch.setattr(kernel_time.socket, "create_server", refused)
+    held = KernelTime()
+    assert not held.works
+    held.close()
+
+
 def test_a_clock_that_runs_ahead_makes_no_instant_of_the_future(monkeypatch):
     held = KernelTime()
     with socket.create_server(("127.0.0.1", 0)) as server:
