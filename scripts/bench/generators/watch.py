@@ -16,6 +16,9 @@ CPU_INTERVAL_S = 0.1
 MEMORY_EVERY = 20
 """Reading the memory stops a process for a moment: every two seconds is enough."""
 TREE_EVERY = 5
+LESS_URGENT = 10
+"""Niceness: whoever is watched shares the cores with who watches. None that would never run on a machine
+with other work: then nothing is seen."""
 
 
 @dataclass
@@ -55,8 +58,7 @@ class Watch:
         )
 
     def _run(self) -> None:
-        # Whoever is watched shares the cores with who watches, and goes first.
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LESS_URGENT)
         turn, pids = 0, [self.pid]
         while not self._stop.wait(CPU_INTERVAL_S):
             if turn % TREE_EVERY == 0:
