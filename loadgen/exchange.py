@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from loadgen.request_record import Outcome, RequestRecord, TokenRead
 
@@ -20,8 +18,11 @@ server closes it would fail a request for no fault of the engine."""
 # Quotes inside a JSON string are escaped, so these never match generated text.
 CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 COMPACT_CONTENT = b'"choices":[{'
-CHOICES = b'"choices"'
+FINISH = re.compile(rb'"finish_reason"\s*:\s*(?:null|"([^"]*)"|([^,]*))')
+FINISH_REASON = b'"finish_reason"'
 USAGE = b'"completion_tokens"'
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 DONE = b"[DONE]"
 ERROR = b'"error"'
 
@@ -69,9 +70,8 @@ class Client(Protocol):
 class TokenStream:
     """What one event stream has brought so far.
 
-    Per read it only searches bytes and keeps the last read of each kind; JSON is parsed once, at
-    the end. Each event is one ``data:`` line. Content events are those with a non-empty
-    ``choices``.
+    It searches bytes and parses no JSON; of each kind of event it keeps the last read. Each event is
+    one ``data:`` line. Content events are those with a non-empty ``choices``.
     """
 
     sent_ns: int | None = None
@@ -110,13 +110,14 @@ class TokenStream:
 
     def ending(self) -> tuple[Outcome, str | None]:
         """How a stream that the server closed in good order ended."""
-        for event in _last_events(self.content, CHOICES):
-            for choice in event.get("choices") or ():
-                reason = choice.get("finish_reason")
-                if reason is not None and "abort" not in str(reason):
-                    return "completed", None
-                return "failed", self._complaint(f"finish_reason {reason}")
-        return "failed", self._complaint("no content")
+        if not self.content:
+            return "failed", self._complaint("no content")
+        found = _last(FINISH, FINISH_REASON, self.content)
+        reason = None if found is None else found[1] or found[2]
+        if reason is None or b"abort" in reason:
+            said = None if reason is None else reason.decode(errors="replace")
+            return "failed", self._complaint(f"finish_reason {said}")
+        return "completed", None
 
     def usage_counts(self) -> tuple[int | None, int | None]:
         """Output and prompt tokens by the server's last usage; None where it sent none."""
@@ -200,20 +201,18 @@ def in_short(problem: BaseException) -> str:
 
 
 def _counts(data: bytes) -> tuple[int | None, int | None]:
-    for event in _last_events(data, USAGE):
-        usage = event.get("usage")
-        if isinstance(usage, dict):
-            return usage.get("completion_tokens"), usage.get("prompt_tokens")
-    return None, None
+    if (found := _last(COMPLETION_TOKENS, USAGE, data)) is None:
+        return None, None
+    begin, end = data.rfind(b"\n", 0, found.start()) + 1, data.find(b"\n", found.end())
+    prompt = PROMPT_TOKENS.search(data, begin, end if end >= 0 else len(data))
+    return int(found[1]), None if prompt is None else int(prompt[1])
 
 
-def _last_events(data: bytes, mark: bytes) -> Iterator[dict[str, Any]]:
-    """Parsed events that contain ``mark``, the last first, without damaged ones."""
-    end = len(data)
-    while (at := data.rfind(mark, 0, end)) >= 0:
-        end = data.rfind(b"\n", 0, at) + 1
-        payload = data[end:].partition(b"\n")[0].removeprefix(b"data:")
-        with contextlib.suppress(ValueError):
-            event = json.loads(payload)
-            if isinstance(event, dict):
-                yield event
+def _last(pattern: re.Pattern[bytes], mark: bytes, data: bytes) -> re.Match[bytes] | None:
+    """The last match of a pattern that begins with ``mark``."""
+    at = data.rfind(mark)
+    while at >= 0:
+        if found := pattern.match(data, at):
+            return found
+        at = data.rfind(mark, 0, at)
+    return None

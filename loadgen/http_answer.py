@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import re
+from functools import lru_cache
 from typing import Literal
 
 MAX_HEAD_BYTES = 65_536
 LAST_CHUNK = b"\r\n0\r\n\r\n"
 LAST_CHUNK_BYTES = len(b"0\r\n\r\n")
-SIXTEEN = itertools.repeat(16)
+HEX = re.compile(rb"[0-9a-fA-F]{1,15}")
+SIZES_KEPT = 4096
+HEADS_KEPT = 64
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: .*)?", re.DOTALL)
 
@@ -81,7 +83,7 @@ class Answer:
         lines = (data[:-LAST_CHUNK_BYTES] if over else data).split(b"\r\n")
         pieces = lines[1::2]
         try:
-            sizes = list(map(int, lines[:-1:2], SIXTEEN))
+            sizes = list(map(_SIZES.__getitem__, lines[:-1:2]))
         except ValueError:
             return b""
         if lines[-1] or sizes != list(map(len, pieces)) or 0 in sizes:
@@ -93,7 +95,7 @@ class Answer:
     def _step(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         """One element of the answer from ``at`` on; returns where the next one begins."""
         if self.part == "head":
-            return self._head(data, at)
+            return self._take_head(data, at)
         if self.part == "to the end":
             pieces.append(data[at:])
             return len(data)
@@ -122,30 +124,18 @@ class Answer:
             self.part = "over"
         return end + 2
 
-    def _head(self, data: bytes, at: int) -> int:
+    def _take_head(self, data: bytes, at: int) -> int:
         end = data.find(b"\r\n\r\n", at)
         if end < 0:
             if not b"HTTP/1."[: len(data) - at].startswith(data[at : at + 7]):
                 raise BadAnswer(f"no HTTP/1.1 answer: {data[at : at + 40]!r}")
             self._keep(data[at:])
             return len(data)
-        first, *lines = data[at:end].split(b"\r\n")
-        if not (match := STATUS_LINE.fullmatch(first)):
-            raise BadAnswer(f"no HTTP/1.1 answer: {first[:40]!r}")
-        status = int(match[2])
-        if 100 <= status < 200 and status != 101:
-            # An interim answer; the one to the request follows.
-            return end + 4
-        fields: dict[bytes, bytes] = {}
-        for line in lines:
-            name, colon, value = line.partition(b":")
-            if not colon:
-                raise BadAnswer(f"no header: {line[:40]!r}")
-            name, value = name.lower(), value.strip(b" \t").lower()
-            fields[name] = fields[name] + b"," + value if name in fields else value
-        self.status = status
-        self.keep_alive = match[1] == b"1" and b"close" not in fields.get(b"connection", b"")
-        self._frame(fields)
+        status, self.keep_alive, fields = _head(data[at:end])
+        # After an interim answer the one to the request follows.
+        if status >= 200 or status == 101:
+            self.status = status
+            self._frame(fields)
         return end + 4
 
     def _frame(self, fields: dict[bytes, bytes]) -> None:
@@ -174,3 +164,38 @@ class Answer:
         if len(rest) > MAX_HEAD_BYTES:
             raise BadAnswer(f"a head or a line of more than {MAX_HEAD_BYTES} bytes")
         self._rest = rest
+
+
+@lru_cache(HEADS_KEPT)
+def _head(text: bytes) -> tuple[int, bool, dict[bytes, bytes]]:
+    """Status, whether the connection may be kept, and the fields, by names in small letters.
+
+    A server's heads differ by their date, if at all.
+    """
+    first, *lines = text.split(b"\r\n")
+    if not (match := STATUS_LINE.fullmatch(first)):
+        raise BadAnswer(f"no HTTP/1.1 answer: {first[:40]!r}")
+    fields: dict[bytes, bytes] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise BadAnswer(f"no header: {line[:40]!r}")
+        name, value = name.lower(), value.strip(b" \t").lower()
+        fields[name] = fields[name] + b"," + value if name in fields else value
+    keep_alive = match[1] == b"1" and b"close" not in fields.get(b"connection", b"")
+    return int(match[2]), keep_alive, fields
+
+
+class _Sizes(dict[bytes, int]):
+    """Numbers by hexadecimal digits: those of a stream's chunks are few. Else raises ValueError."""
+
+    def __missing__(self, line: bytes) -> int:
+        if not HEX.fullmatch(line):
+            raise ValueError(f"no size of a chunk: {line[:40]!r}")
+        if len(self) >= SIZES_KEPT:
+            self.clear()
+        size = self[line] = int(line, 16)
+        return size
+
+
+_SIZES = _Sizes()

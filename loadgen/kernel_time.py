@@ -46,6 +46,11 @@ def receive(connection: socket.socket) -> tuple[bytes, int]:
     raise NoStamp("the kernel did not say when bytes arrived")
 
 
+def receive_now(connection: socket.socket) -> tuple[bytes, int]:
+    """What has come, and the time: for a kernel that notes none."""
+    return connection.recv(READ_BYTES), time.monotonic_ns()
+
+
 class KernelTime:
     """Keeps the kernel noting when bytes arrive, until it is closed; ``works`` only if it does.
 

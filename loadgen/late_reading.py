@@ -10,9 +10,9 @@ from typing import Protocol
 from loadgen.kernel_time import KernelTime
 from loadgen.pacing import SECOND_NS, Alarm
 
-LATE_S = 0.2
+LATE_S = 0.4
 """How long bytes wait in the kernel, which has room for some 450 tokens of a stream: more than come in
-this time."""
+this time. A stream that is faster is read as it comes, from its first late read on."""
 LATE_NS = round(LATE_S * SECOND_NS)
 ROUND_S = 0.002
 """Between two rounds of reading."""
@@ -23,7 +23,7 @@ MOST_IN_A_ROUND = 64
 class Readable(Protocol):
     """What is read late."""
 
-    def read(self) -> bool:
+    def read_late(self) -> bool:
         """Take in what has come. Is there more to come, to be read as late?"""
 
 
@@ -79,7 +79,7 @@ class LateReading:
     def _read_next(self, now_ns: int) -> int:
         """Read the one whose turn it is, and send what is due; returns the time after that."""
         _, connection = self._unread.popleft()
-        if connection.read():
+        if connection.read_late():
             self._unread.append((now_ns + LATE_NS, connection))
         now_ns = time.monotonic_ns()
         if now_ns >= self._alarm.at_ns:

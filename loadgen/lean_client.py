@@ -1,4 +1,4 @@
-"""The lean client: plain HTTP/1.1 on the event loop's own protocols, without a task per request.
+"""The lean client: plain HTTP/1.1 on sockets of its own, without a task per request.
 
 It reads answers as `loadgen.client` does, and its records are the same. It follows no redirection,
 keeps no cookies and uses no proxy, and a header of the server concerns it only where it frames the
@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from loadgen.exchange import CONNECT_TIMEOUT_S, KEEPALIVE_S, Request, in_short
-from loadgen.kernel_time import stamped
+from loadgen.kernel_time import receive, receive_now, stamped
 from loadgen.late_reading import LateReading
-from loadgen.lean_connection import Connection, Exchange, Origin
+from loadgen.lean_connection import Connection, Exchange, Opening, Origin
 from loadgen.pacing import SECOND_NS, Alarm
+from loadgen.ready_sockets import ReadySockets
 from loadgen.request_record import RequestRecord
 
 SWEEP_INTERVAL_S = 1.0
@@ -33,9 +34,8 @@ class LeanClient:
 
     ``headers`` go with every request. To the servers of ``urls``, which get ``rate`` requests per
     second together, some connections are open before they are needed: a request that has to wait for
-    one leaves late. At each read the clock is compared
-    with ``alarm``: however many reads one turn of the loop brings, the next request leaves between two
-    of them.
+    one leaves late. At each read the clock is compared with ``alarm``: however many reads one turn of
+    the loop brings, the next request leaves between two of them.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class LeanClient:
     ) -> None:
         fields = {"Accept": "*/*", "User-Agent": "critrate", **headers}
         self._fields = "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode()
-        self.alarm = alarm
         self._targets: dict[str, tuple[Origin, bytes]] = {}
         self._origins: dict[tuple[str, int], Origin] = {}
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._openings: set[Opening] = set()
         self._made: set[Connection] = set()
-        self._closing = False
         self._loop = asyncio.get_running_loop()
+        self.sockets = ReadySockets(alarm)
         self.late = LateReading(alarm)
+        self.receive = receive if self.late.possible else receive_now
         self._sweep = self._loop.call_later(SWEEP_INTERVAL_S, self._close_stale)
         for url in urls:
             origin, _ = self._target(url)
@@ -73,10 +73,10 @@ class LeanClient:
         stale_ns = time.monotonic_ns() - round(KEEPALIVE_S * SECOND_NS)
         while origin.idle:
             connection, _ = origin.idle.popitem()
-            if connection.idle_since_ns > stale_ns and not connection.transport.is_closing():
+            if connection.idle_since_ns > stale_ns:
                 connection.begin(exchange)
                 break
-            connection.transport.abort()
+            connection.close()
         else:
             origin.waiting.append(exchange)
         self._open(origin)
@@ -85,30 +85,51 @@ class LeanClient:
     async def close(self) -> None:
         """Close every connection, also those that are being made."""
         self._sweep.cancel()
-        self._closing = True
-        for task in self._connecting:
-            task.cancel()
-        await asyncio.gather(*self._connecting, return_exceptions=True)
-        # Not all of them will say that they are lost: uvloop keeps silent of those whose task was
-        # cancelled.
-        for connection in self._made:
-            connection.transport.abort()
+        lookups = [origin.lookup for origin in self._origins.values() if origin.lookup is not None]
+        for lookup in lookups:
+            lookup.cancel()
+        await asyncio.gather(*lookups, return_exceptions=True)
+        for opening in self._openings:
+            opening.give_up()
+        for connection in list(self._made):
+            connection.close()
         self.late.close()
-        await asyncio.sleep(0)
+        self.sockets.close()
 
     def catch_up(self) -> None:
         """See `loadgen.exchange.Client`."""
         self.late.catch_up()
 
-    def opened(self, connection: Connection) -> None:
-        """A connection was made."""
+    def new_socket(self, family: socket.AddressFamily) -> socket.socket:
+        """See `loadgen.lean_connection.Owner`."""
+        own = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            own.setblocking(False)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.late.possible:
+                stamped(own)
+        except OSError:
+            own.close()
+            raise
+        return own
+
+    def made(self, opening: Opening, own: socket.socket) -> None:
+        """See `loadgen.lean_connection.Owner`."""
+        self._openings.discard(opening)
+        opening.origin.connecting -= 1
+        connection = Connection(self, opening.origin, own)
         self._made.add(connection)
-        if self._closing:
-            # Its task was cancelled too late to keep it from being made.
-            connection.transport.abort()
+        connection.rest()
+
+    def not_made(self, opening: Opening, problem: OSError) -> None:
+        """See `loadgen.lean_connection.Owner`."""
+        self._openings.discard(opening)
+        opening.origin.connecting -= 1
+        # Soon, not now: whoever sends may not have heard of its request yet.
+        self._loop.call_soon(self._refuse, opening.origin, problem)
 
     def lost(self, connection: Connection) -> None:
-        """A connection is closed."""
+        """See `loadgen.lean_connection.Owner`."""
         self._made.discard(connection)
         if connection.origin.idle.pop(connection, connection) is None and not connection.used:
             # The server does not want connections that say nothing.
@@ -127,67 +148,39 @@ class LeanClient:
 
     def _open(self, origin: Origin) -> None:
         """Make the connections that are missing: for the requests that wait, and those to be ready."""
+        if not origin.addresses:
+            if origin.lookup is None:
+                origin.lookup = self._loop.create_task(self._look_up(origin))
+            return
         wanted = len(origin.waiting) + origin.ready - len(origin.idle)
         for _ in range(wanted - origin.connecting):
             origin.connecting += 1
-            task = self._loop.create_task(self._connect(origin))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+            opening = Opening(self, origin)
+            self._openings.add(opening)
+            opening.try_next(OSError("no address"))
 
-    async def _connect(self, origin: Origin) -> None:
-        try:
-            connection = await self._connection(origin)
-        except OSError as problem:
-            # None ahead any more: whoever needs one will hear of it.
-            origin.ready = 0
-            if (exchange := origin.next_waiting()) is not None:
-                where = f"{origin.host}:{origin.port}"
-                exchange.end("failed", f"Cannot connect to host {where}: {in_short(problem)}")
-        else:
-            connection.rest()
-        finally:
-            origin.connecting -= 1
-
-    async def _connection(self, origin: Origin) -> Connection:
-        """A new one. Raises OSError."""
-        problem = OSError("no address")
+    async def _look_up(self, origin: Origin) -> None:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                for family, address in await self._addresses(origin):
-                    try:
-                        return await self._connected(origin, family, address)
-                    except OSError as error:
-                        problem = error
-            raise problem
-        finally:
-            # Its traceback has this frame: nobody collects cycles while a load lasts.
-            del problem
-
-    async def _connected(
-        self, origin: Origin, family: socket.AddressFamily, address: tuple[object, ...]
-    ) -> Connection:
-        own = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            own.setblocking(False)
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.late.possible:
-                stamped(own)
-            await self._loop.sock_connect(own, address)
-            _, connection = await self._loop.create_connection(
-                lambda: Connection(self, origin, own), sock=own
-            )
-        except BaseException:
-            own.close()
-            raise
-        return connection
-
-    async def _addresses(
-        self, origin: Origin
-    ) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
-        if not origin.addresses:
-            found = await self._loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+                found = await self._loop.getaddrinfo(
+                    origin.host, origin.port, type=socket.SOCK_STREAM
+                )
+        except OSError as problem:
+            while origin.waiting:
+                self._refuse(origin, problem)
+        else:
             origin.addresses = [(family, address) for family, _, _, _, address in found]
-        return origin.addresses
+            self._open(origin)
+        finally:
+            origin.lookup = None
+
+    def _refuse(self, origin: Origin, problem: OSError) -> None:
+        """No connection for the request that has waited longest."""
+        # None ahead any more: whoever needs one will hear of it.
+        origin.ready = 0
+        if (exchange := origin.next_waiting()) is not None:
+            where = f"{origin.host}:{origin.port}"
+            exchange.end("failed", f"Cannot connect to host {where}: {in_short(problem)}")
 
     def _close_stale(self) -> None:
         stale_ns = time.monotonic_ns() - round(KEEPALIVE_S * SECOND_NS)
@@ -196,5 +189,9 @@ class LeanClient:
                 if connection.idle_since_ns >= stale_ns:
                     break
                 del origin.idle[connection]
-                connection.transport.abort()
+                connection.close()
+        late_ns = time.monotonic_ns() - round(CONNECT_TIMEOUT_S * SECOND_NS)
+        for opening in [opening for opening in self._openings if opening.since_ns < late_ns]:
+            opening.give_up()
+            self.not_made(opening, TimeoutError())
         self._sweep = self._loop.call_later(SWEEP_INTERVAL_S, self._close_stale)

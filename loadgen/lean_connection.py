@@ -6,12 +6,14 @@ Up to its first token an answer is read as it comes, the rest late, where that i
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 from loadgen.exchange import (
     ERROR_CHARACTERS,
@@ -23,10 +25,12 @@ from loadgen.exchange import (
     wants_key,
 )
 from loadgen.http_answer import Answer, BadAnswer
-from loadgen.kernel_time import READ_BYTES, NoStamp, receive
+from loadgen.kernel_time import READ_BYTES, NoStamp
 from loadgen.late_reading import LateReading
-from loadgen.pacing import Alarm
+from loadgen.ready_sockets import READ, WRITE, ReadySockets
 from loadgen.request_record import Outcome, RequestRecord
+
+Address = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
 @dataclass(slots=True)
@@ -36,7 +40,8 @@ class Origin:
 
     host: str
     port: int
-    addresses: list[tuple[socket.AddressFamily, tuple[object, ...]]] = field(default_factory=list)
+    addresses: list[Address] = field(default_factory=list)
+    lookup: asyncio.Task[None] | None = None
     idle: dict[Connection, None] = field(default_factory=dict)
     """The one used last is the last, and is the next."""
     waiting: deque[Exchange] = field(default_factory=deque)
@@ -53,16 +58,25 @@ class Origin:
 
 
 class Owner(Protocol):
-    """The client whose connection it is."""
+    """The client whose connections they are."""
 
-    alarm: Alarm
+    sockets: ReadySockets
     late: LateReading
 
-    def opened(self, connection: Connection) -> None:
-        """It was made."""
+    def new_socket(self, family: socket.AddressFamily) -> socket.socket:
+        """A new one, that does not block. Raises OSError."""
+
+    def receive(self, own: socket.socket) -> tuple[bytes, int]:
+        """See `loadgen.kernel_time.receive`."""
+
+    def made(self, opening: Opening, own: socket.socket) -> None:
+        """A connection was made."""
+
+    def not_made(self, opening: Opening, problem: OSError) -> None:
+        """None could be made."""
 
     def lost(self, connection: Connection) -> None:
-        """It is closed."""
+        """One is closed."""
 
 
 class Exchange:
@@ -88,7 +102,7 @@ class Exchange:
 
     def close(self, outcome: Outcome) -> None:
         """End it so, unless what has come by now has its end."""
-        if self.connection is not None and self.connection.paused:
+        if self.connection is not None:
             self.connection.read()
         self.end(outcome)
 
@@ -102,93 +116,162 @@ class Exchange:
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.exchange = None
-            if reuse and connection.transport.get_write_buffer_size() == 0:
+            if reuse and not connection.unsent:
                 connection.rest()
             else:
-                connection.transport.abort()
+                connection.close()
         self.ended(record_of(self.request, self.stream, outcome, self.status, error))
 
 
-class Connection(asyncio.Protocol):
+class Opening:
+    """A connection that is being made: address after address, until one answers."""
+
+    def __init__(self, owner: Owner, origin: Origin) -> None:
+        self.origin = origin
+        self.since_ns = time.monotonic_ns()
+        self._owner = owner
+        self._left = iter(origin.addresses)
+        self._address: tuple[object, ...] = ()
+        self._socket: socket.socket | None = None
+
+    def try_next(self, problem: OSError) -> None:
+        """Try the next address, ``problem`` being what is wrong with those before."""
+        for family, address in self._left:
+            try:
+                own = self._owner.new_socket(family)
+            except OSError as error:
+                problem = error
+                continue
+            code = own.connect_ex(address)
+            if code in (0, errno.EINPROGRESS):
+                self._socket, self._address = own, address
+                self._owner.sockets.add(own.fileno(), self, WRITE)
+                return
+            own.close()
+            problem = OSError(code, os.strerror(code))
+        self._owner.not_made(self, problem)
+
+    def ready(self, events: int, now_ns: int) -> None:
+        """See `loadgen.ready_sockets.Watched`."""
+        if (own := self._socket) is None:
+            return
+        # The same call says what became of it.
+        code = own.connect_ex(self._address)
+        if code in (0, errno.EISCONN):
+            self._owner.made(self, own)
+        elif code == errno.EALREADY:
+            self._owner.sockets.wait(own.fileno(), WRITE)
+        else:
+            self.give_up()
+            self.try_next(OSError(code, os.strerror(code)))
+
+    def give_up(self) -> None:
+        """Close what was begun."""
+        own, self._socket = self._socket, None
+        if own is not None:
+            self._owner.sockets.remove(own.fileno())
+            own.close()
+
+
+class Connection:
     """A connection and the request that has it, if any."""
 
     __slots__ = (
         "answer",
-        "client",
         "complaint",
         "exchange",
+        "fast",
         "idle_since_ns",
+        "late",
         "origin",
-        "paused",
+        "owner",
         "socket",
-        "transport",
+        "unsent",
         "used",
     )
 
-    transport: asyncio.Transport
-
-    def __init__(self, client: Owner, origin: Origin, own: socket.socket) -> None:
-        self.client = client
+    def __init__(self, owner: Owner, origin: Origin, own: socket.socket) -> None:
+        self.owner = owner
         self.origin = origin
         self.socket = own
-        self.paused = False
-        """Is it the client's turn to read, not the loop's?"""
+        self.late = False
+        """Is it read late, and not when something comes?"""
+        self.fast = False
+        """Would what comes until it is read late be more than the kernel has room for?"""
         self.exchange: Exchange | None = None
         self.answer = Answer()
         self.complaint = b""
+        self.unsent = memoryview(b"")
         self.idle_since_ns = 0
         self.used = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are not of this class, but do all that it does.
-        self.transport = cast(asyncio.Transport, transport)
-        self.client.opened(self)
+        owner.sockets.pass_on(own.fileno(), self)
 
     def begin(self, exchange: Exchange) -> None:
         """Send a request."""
         self.used = True
         self.exchange = exchange
         exchange.connection = self
+        self.fast = False
         self.answer = Answer()
         self.complaint = b""
         body = exchange.request.body
+        head = b"%s%d\r\n\r\n" % (exchange.head, len(body))
         exchange.stream.sent_ns = time.monotonic_ns()
-        self.transport.writelines((b"%s%d\r\n\r\n" % (exchange.head, len(body)), body))
+        try:
+            sent = self.socket.sendmsg((head, body))
+        except OSError as problem:
+            sent = 0
+            if not isinstance(problem, BlockingIOError):
+                # Soon, not now: whoever sends has not heard of this request yet.
+                asyncio.get_running_loop().call_soon(self._closed, problem)
+                return
+        if sent < len(head) + len(body):
+            self.unsent = memoryview(head + body)[sent:]
+            self.owner.sockets.wait(self.socket.fileno(), READ | WRITE)
 
     def rest(self) -> None:
         """Take the request that waits, or wait for one."""
-        if self.paused:
-            self.paused = False
-            self.transport.resume_reading()
+        self.late = False
+        # Without a request too: to hear that the server closes it.
+        self.owner.sockets.wait(self.socket.fileno(), READ)
         if (exchange := self.origin.next_waiting()) is not None:
             self.begin(exchange)
             return
         self.idle_since_ns = time.monotonic_ns()
         self.origin.idle[self] = None
 
-    def data_received(self, data: bytes) -> None:
-        now_ns = time.monotonic_ns()
-        exchange = self.exchange
-        if exchange is None:
-            # Nobody asked.
-            self.transport.abort()
+    def ready(self, events: int, now_ns: int) -> None:
+        """See `loadgen.ready_sockets.Watched`."""
+        if (exchange := self.exchange) is None:
+            self._look_at_idle()
             return
-        alarm = self.client.alarm
-        if now_ns >= alarm.at_ns:
-            alarm.go(now_ns)
-        self._take(exchange, data, now_ns)
-        late = self.client.late
-        if late.possible and exchange.stream.first_token_ns is not None and not exchange.over:
-            self.paused = True
-            self.transport.pause_reading()
+        if self.unsent and events & WRITE:
+            self._send_on()
+        if not self.read():
+            return
+        late = self.owner.late
+        begun = exchange.stream.first_token_ns is not None
+        if late.possible and begun and not self.fast and not self.unsent:
+            self.late = True
             late.add(self, now_ns)
+        else:
+            self.owner.sockets.wait(self.socket.fileno(), READ | WRITE if self.unsent else READ)
+
+    def read_late(self) -> bool:
+        """See `loadgen.late_reading.Readable`."""
+        if not (self.late and self.read()):
+            return False
+        if self.fast:
+            self.late = False
+            self.owner.sockets.wait(self.socket.fileno(), READ)
+        return self.late
 
     def read(self) -> bool:
-        """See `loadgen.late_reading.Readable`."""
+        """Take in what has come. Is there more to come?"""
         exchange = self.exchange
         while exchange is not None and not exchange.over:
             try:
-                data, at_ns = receive(self.socket)
+                data, at_ns = self.owner.receive(self.socket)
             except BlockingIOError:
                 return True
             except NoStamp as problem:
@@ -197,12 +280,44 @@ class Connection(asyncio.Protocol):
                 self._closed(problem)
             else:
                 if data:
-                    self._take(exchange, data, max(at_ns, exchange.stream.last_token_ns or 0))
+                    stream = exchange.stream
+                    before_ns = stream.last_token_ns or stream.sent_ns or 0
+                    self._take(exchange, data, max(at_ns, before_ns))
                     if len(data) < READ_BYTES:
                         return not exchange.over
+                    self.fast = True
                 else:
                     self._closed(None)
         return False
+
+    def close(self) -> None:
+        """Close it; what the server says from now on is lost."""
+        if self.socket.fileno() >= 0:
+            self.late = False
+            self.owner.sockets.remove(self.socket.fileno())
+            self.socket.close()
+            self.owner.lost(self)
+
+    def _look_at_idle(self) -> None:
+        """The server closed it, or says what nobody asked for."""
+        try:
+            self.socket.recv(1)
+        except BlockingIOError:
+            self.owner.sockets.wait(self.socket.fileno(), READ)
+            return
+        except OSError:
+            pass
+        self.close()
+
+    def _send_on(self) -> None:
+        try:
+            sent = self.socket.send(self.unsent)
+        except BlockingIOError:
+            return
+        except OSError:
+            # Reading tells what happened.
+            sent = len(self.unsent)
+        self.unsent = self.unsent[sent:]
 
     def _take(self, exchange: Exchange, data: bytes, now_ns: int) -> None:
         answer = self.answer
@@ -236,10 +351,6 @@ class Connection(asyncio.Protocol):
         if over or len(self.complaint) >= ERROR_CHARACTERS or wants_key(answer.status):
             outcome, error = refusal(answer.status, self.complaint[:ERROR_CHARACTERS])
             exchange.end(outcome, error, reuse=over and answer.keep_alive)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.client.lost(self)
-        self._closed(error)
 
     def _closed(self, error: Exception | None) -> None:
         """The server closed it, or it broke."""

@@ -5,15 +5,18 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import socket
 import time
 from contextlib import closing
 
 import pytest
 import uvloop
 
+from loadgen import lean_client
 from loadgen.client import SessionClient, open_session
 from loadgen.exchange import Request
 from loadgen.lean_client import READY_CONNECTIONS, LeanClient
+from loadgen.lean_connection import Opening
 from loadgen.pacing import Alarm
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -137,11 +140,11 @@ async def both_clients(pieces_of, requests=None):
     server.close()
 
 
-def a_request(url):
+def a_request(url, body=b"{}"):
     return Request(
         id=0,
         url=url,
-        body=b"{}",
+        body=body,
         scheduled_ns=time.monotonic_ns(),
         prompt_tokens=1,
         output_tokens_designed=1,
@@ -338,27 +341,24 @@ def test_a_server_that_closes_connections_which_say_nothing_gets_no_more_of_them
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_a_connection_that_gets_free_is_taken_by_who_waits_for_one(run):
+def test_a_connection_that_gets_free_is_taken_by_who_waits_for_one(run, monkeypatch):
     """However long the connection takes that was begun for it."""
-    slow = asyncio.Event()
+    try_next = Opening.try_next
+    begun = itertools.count()
 
-    class Slow(LeanClient):
-        connections = 0
+    def only_the_first(opening, problem):
+        if next(begun) == 0:
+            try_next(opening, problem)
 
-        async def _connection(self, origin):
-            self.connections += 1
-            if self.connections > 1:
-                await slow.wait()
-            return await super()._connection(origin)
+    monkeypatch.setattr(Opening, "try_next", only_the_first)
 
     async def scenario():
         server, port = await serve(SCRIPTS.get, requests := [])
-        client = Slow({}, Alarm())
+        client = LeanClient({}, Alarm())
         url = f"http://127.0.0.1:{port}/v1/completions"
         waited = [asyncio.get_running_loop().create_future() for _ in range(3)]
         for ended in waited:
-            request = dataclasses.replace(a_request(url), body=b'{"script": "chunked"}')
-            client.send(request, ended.set_result, None)
+            client.send(a_request(url, b'{"script": "chunked"}'), ended.set_result, None)
         async with asyncio.timeout(20.0):
             records = [await ended for ended in waited]
         await client.close()
@@ -371,25 +371,149 @@ def test_a_connection_that_gets_free_is_taken_by_who_waits_for_one(run):
 
 
 def test_connections_ahead_of_requests_to_a_server_that_is_not_there_are_not_tried_for_ever():
+    tried = []
+
+    class Counting(LeanClient):
+        def new_socket(self, family):
+            tried.append(family)
+            return super().new_socket(family)
+
     async def scenario():
         server, port = await serve(SCRIPTS.get, [])
         server.close()
         await server.wait_closed()
         url = f"http://127.0.0.1:{port}"
-        before = asyncio.all_tasks()
-        client = LeanClient({}, Alarm(), [url])
+        client = Counting({}, Alarm(), [url])
         async with asyncio.timeout(20.0):
-            while asyncio.all_tasks() - before:
+            while not tried:
                 await asyncio.sleep(0.001)
+        await asyncio.sleep(0.2)
+        ahead = len(tried)
         ended = asyncio.get_running_loop().create_future()
         client.send(a_request(url), ended.set_result, None)
         record = await ended
+        await asyncio.sleep(0.1)
+        await client.close()
+        return ahead, record
+
+    ahead, record = asyncio.run(scenario())
+    assert (ahead, len(tried)) == (READY_CONNECTIONS, READY_CONNECTIONS + 1)
+    assert (record.outcome, record.sent_ns) == ("failed", None)
+    assert record.error.startswith("Cannot connect to host 127.0.0.1:")
+
+
+def test_the_next_address_is_tried_where_one_refuses():
+    async def scenario():
+        server, port = await serve(SCRIPTS.get, [])
+        loop = asyncio.get_running_loop()
+
+        async def getaddrinfo(host, port, *, type):
+            answers = [(socket.AF_INET, ("127.0.0.2", port)), (socket.AF_INET, ("127.0.0.1", port))]
+            return [(family, type, 6, "", address) for family, address in answers]
+
+        loop.getaddrinfo = getaddrinfo
+        client = LeanClient({}, Alarm())
+        ended = loop.create_future()
+        request = a_request(f"http://two.invalid:{port}", b'{"script": "chunked"}')
+        client.send(request, ended.set_result, None)
+        record = await ended
+        await client.close()
+        server.close()
+        return record
+
+    assert asyncio.run(scenario()).outcome == "completed"
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_all_who_wait_for_a_host_without_address_fail(run):
+    async def scenario():
+        client = LeanClient({}, Alarm())
+        waited = [asyncio.get_running_loop().create_future() for _ in range(3)]
+        for ended in waited:
+            client.send(a_request("http://nowhere.invalid:1"), ended.set_result, None)
+        async with asyncio.timeout(30.0):
+            records = [await ended for ended in waited]
+        await client.close()
+        return records
+
+    for record in run(scenario()):
+        assert (record.outcome, record.sent_ns) == ("failed", None)
+        assert record.error.startswith("Cannot connect to host nowhere.invalid:1: gaierror")
+
+
+def test_a_connection_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(Opening, "try_next", lambda opening, problem: None)
+    monkeypatch.setattr(lean_client, "CONNECT_TIMEOUT_S", 0.01)
+
+    async def scenario():
+        client = LeanClient({}, Alarm())
+        ended = asyncio.get_running_loop().create_future()
+        client.send(a_request("http://127.0.0.1:1"), ended.set_result, None)
+        async with asyncio.timeout(20.0):
+            record = await ended
         await client.close()
         return record
 
     record = asyncio.run(scenario())
     assert (record.outcome, record.sent_ns) == ("failed", None)
-    assert record.error.startswith("Cannot connect to host 127.0.0.1:")
+    assert record.error == "Cannot connect to host 127.0.0.1:1: TimeoutError: "
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_request_larger_than_the_kernel_takes_at_once_is_sent_whole(run):
+    requests = []
+    body = json.dumps({"script": "chunked", "prompt": "a" * 30_000_000}).encode()
+
+    async def scenario():
+        server, port = await serve(SCRIPTS.get, requests)
+        client = LeanClient({}, Alarm())
+        records = []
+        for _ in range(2):
+            ended = asyncio.get_running_loop().create_future()
+            client.send(a_request(f"http://127.0.0.1:{port}", body), ended.set_result, None)
+            async with asyncio.timeout(60.0):
+                records.append(await ended)
+        await client.close()
+        server.close()
+        return records
+
+    assert {record.outcome for record in run(scenario())} == {"completed"}
+    # What read them had all of the bytes that their heads say; the connection was kept.
+    assert [connection for connection, _ in requests] == [0, 0]
+
+
+def test_a_server_that_goes_while_it_is_sent_to_is_a_failure():
+    async def talk(reader, writer):
+        await reader.readexactly(100_000)
+        writer.transport.abort()
+
+    async def scenario():
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = LeanClient({}, Alarm())
+        ended = asyncio.get_running_loop().create_future()
+        client.send(a_request(url, b"a" * 30_000_000), ended.set_result, None)
+        async with asyncio.timeout(20.0):
+            record = await ended
+        await client.close()
+        server.close()
+        return record
+
+    record = asyncio.run(scenario())
+    assert record.outcome == "failed"
+    assert record.error.startswith("Server disconnected before its answer")
+
+
+@pytest.mark.parametrize("name", ["chunked", "429", "closed in a chunk", "big"])
+def test_without_epoll_the_loop_itself_watches(name, monkeypatch):
+    async def scenario():
+        # uvloop has no need of Python's.
+        monkeypatch.delattr("select.epoll")
+        async with both_clients(SCRIPTS.get) as begin:
+            return [await begin(kind, name)[1] for kind in ("lean", "general", "lean")]
+
+    lean, general, again = uvloop.run(scenario())
+    assert shape(lean, name) == shape(general, name) == shape(again, name)
 
 
 def test_stray_bytes_on_an_idle_connection_close_it():
@@ -413,6 +537,5 @@ def test_connections_that_are_being_made_are_closed_too(turns):
                 flight.stop()
             return [await ended for _, ended in started]
 
-    # uvloop says nothing of a connection that was made when its task was already cancelled.
     outcomes = {record.outcome for record in uvloop.run(scenario())}
     assert outcomes <= {"unfinished", "completed"}
