@@ -26,7 +26,7 @@ from loadgen.exchange import (
 )
 from loadgen.http_answer import Answer, BadAnswer
 from loadgen.kernel_time import READ_BYTES, NoStamp
-from loadgen.late_reading import LateReading
+from loadgen.late_reading import LOOK_S, HeldBack, LateReading
 from loadgen.ready_sockets import READ, WRITE, ReadySockets
 from loadgen.request_record import Outcome, RequestRecord
 
@@ -48,6 +48,7 @@ class Origin:
     ready: int = 0
     """How many connections are to be open before they are needed."""
     connecting: int = 0
+    held_back: HeldBack = field(default_factory=HeldBack)
 
     def next_waiting(self) -> Exchange | None:
         """The request that has waited longest, and waits no more."""
@@ -251,7 +252,8 @@ class Connection:
             return
         late = self.owner.late
         begun = exchange.stream.first_token_ns is not None
-        if late.possible and begun and not self.fast and not self.unsent:
+        may = late.possible and not (self.fast or self.unsent or self.origin.held_back.so)
+        if begun and may:
             self.late = True
             late.add(self, now_ns)
         else:
@@ -259,11 +261,15 @@ class Connection:
 
     def read_late(self) -> bool:
         """See `loadgen.late_reading.Readable`."""
-        if not (self.late and self.read()):
+        exchange, held_back, now_ns = self.exchange, self.origin.held_back, time.monotonic_ns()
+        if exchange is None or not (self.late and self.read()):
             return False
-        if self.fast:
+        if self.fast or held_back.so:
             self.late = False
             self.owner.sockets.wait(self.socket.fileno(), READ)
+        elif held_back.open:
+            loop = asyncio.get_running_loop()
+            loop.call_later(LOOK_S, self._look_again, exchange, now_ns)
         return self.late
 
     def read(self) -> bool:
@@ -297,6 +303,12 @@ class Connection:
             self.owner.sockets.remove(self.socket.fileno())
             self.socket.close()
             self.owner.lost(self)
+
+    def _look_again(self, exchange: Exchange, read_ns: int) -> None:
+        """What had been held back until the last late read?"""
+        if self.exchange is exchange and self.late:
+            self.read()
+            self.origin.held_back.note(read_ns, exchange.stream.last_token_ns or 0)
 
     def _look_at_idle(self) -> None:
         """The server closed it, or says what nobody asked for."""

@@ -1,6 +1,7 @@
 """What is read late is known as well as what is read at once: instants, ends, what has come so far."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -290,3 +291,80 @@ def test_where_the_kernel_is_silent_all_is_read_as_it_comes(monkeypatch):
     seen_ns, record = uvloop.run(scenario())
     assert record.outcome == "completed"
     assert seen_ns - server.written_ns[1] < 0.5 * LATE_S * 1e9
+
+
+class Answering(threading.Thread):
+    """Answers requests one after another on each connection, tokens 5 ms apart; notes the ends."""
+
+    def __init__(self, no_delay):
+        super().__init__(daemon=True)
+        self.no_delay = no_delay
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1/completions"
+        self.written_ns = []
+
+    def run(self):
+        with closing(self.listener), contextlib.suppress(OSError):
+            while True:
+                there, _ = self.listener.accept()
+                threading.Thread(target=self.talk, args=(there,), daemon=True).start()
+
+    def talk(self, there):
+        there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, self.no_delay)
+        with closing(there), contextlib.suppress(OSError):
+            while there.recv(65536):
+                there.sendall(HEAD)
+                for n in range(1, TOKENS + 1):
+                    time.sleep(0.005)
+                    end = n == TOKENS
+                    there.sendall(event(n, "length" if end else None) + (END if end else b""))
+                self.written_ns.append(time.monotonic_ns())
+
+
+TOKENS = 150
+
+
+@pytest.mark.parametrize("no_delay", [0, 1])
+def test_a_server_that_holds_small_writes_back_is_found_out_and_read_as_it_comes(no_delay):
+    server = Answering(no_delay)
+    server.start()
+
+    async def scenario():
+        loop = asyncio.get_running_loop()
+        alarm = Alarm()
+        client = LeanClient({}, alarm)
+        off_ms = []
+        for _ in range(6):
+            waited = [loop.create_future() for _ in range(4)]
+            server.written_ns.clear()
+            for ended in waited:
+                request = Request(
+                    id=0,
+                    url=server.url,
+                    body=b"{}",
+                    scheduled_ns=time.monotonic_ns(),
+                    prompt_tokens=1,
+                    output_tokens_designed=TOKENS,
+                    max_tokens=TOKENS,
+                )
+                client.send(request, ended.set_result, None)
+            records = [await ended for ended in waited]
+            assert {record.output_tokens for record in records} == {TOKENS}
+            while len(server.written_ns) < len(waited):
+                await asyncio.sleep(0.001)
+            ends = sorted(record.last_token_ns for record in records)
+            off_ms += [
+                (end - at) / MS for end, at in zip(ends, sorted(server.written_ns), strict=True)
+            ]
+        await client.close()
+        alarm.close()
+        (origin,) = client._origins.values()
+        return origin.held_back, off_ms
+
+    held_back, off_ms = uvloop.run(scenario())
+    server.listener.close()
+    assert held_back.so == (not no_delay), held_back
+    # Of the last answers, when it is known.
+    assert sorted(off_ms[-8:])[4] < 2.0
+    if not no_delay:
+        assert max(off_ms[:8]) > 10.0
