@@ -19,9 +19,8 @@ ROUND_S = 0.002
 """Between two rounds of reading."""
 MOST_IN_A_ROUND = 64
 """Then the event loop has its turn: what is not read late must not wait for all that is."""
-
-
 LOOKS = 16
+WITHIN_S = 0.05
 LOOK_S = 0.002
 AT_ONCE_NS = 500_000
 
@@ -31,9 +30,10 @@ class HeldBack:
     """Does a server hold small writes back until those before are acknowledged (no TCP_NODELAY)?
 
     Then nothing of it may be read late: a kernel whose bytes nobody reads acknowledges them up to
-    40 ms late. A read acknowledges at once, and what was held back arrives right after it: of the
-    first `LOOKS` late reads it is noted how many had something arrive within `AT_ONCE_NS`. Of tokens
-    5 ms apart that are not held back one in ten does, of those that are some two in three.
+    40 ms late. A read acknowledges at once, and what was held back arrives right after it: of `LOOKS`
+    reads, each `WITHIN_S` after a late one and at no particular time (tokens may come in step with the
+    late reads), it is noted how many had something arrive within `AT_ONCE_NS`. Of tokens 5 ms apart that
+    are not held back one in ten does, of those that are some two in three.
     """
 
     looks: int = 0
@@ -50,7 +50,7 @@ class HeldBack:
         return self.looks >= LOOKS and 3 * self.at_once >= self.looks
 
     def note(self, read_ns: int, next_ns: int) -> None:
-        """When a late read was, and the last token known `LOOK_S` after it arrived."""
+        """When a read was, and the last token known `LOOK_S` after it arrived."""
         self.looks += 1
         self.at_once += read_ns < next_ns < read_ns + AT_ONCE_NS
 

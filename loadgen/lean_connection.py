@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import socket
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from loadgen.exchange import (
 )
 from loadgen.http_answer import Answer, BadAnswer
 from loadgen.kernel_time import READ_BYTES, NoStamp
-from loadgen.late_reading import LOOK_S, HeldBack, LateReading
+from loadgen.late_reading import LOOK_S, WITHIN_S, HeldBack, LateReading
 from loadgen.ready_sockets import READ, WRITE, ReadySockets
 from loadgen.request_record import Outcome, RequestRecord
 
@@ -261,15 +262,15 @@ class Connection:
 
     def read_late(self) -> bool:
         """See `loadgen.late_reading.Readable`."""
-        exchange, held_back, now_ns = self.exchange, self.origin.held_back, time.monotonic_ns()
+        exchange, held_back = self.exchange, self.origin.held_back
         if exchange is None or not (self.late and self.read()):
             return False
         if self.fast or held_back.so:
             self.late = False
             self.owner.sockets.wait(self.socket.fileno(), READ)
         elif held_back.open:
-            loop = asyncio.get_running_loop()
-            loop.call_later(LOOK_S, self._look_again, exchange, now_ns)
+            soon_s = random.uniform(0.0, WITHIN_S)
+            asyncio.get_running_loop().call_later(soon_s, self._look_for_held_back, exchange)
         return self.late
 
     def read(self) -> bool:
@@ -304,8 +305,14 @@ class Connection:
             self.socket.close()
             self.owner.lost(self)
 
-    def _look_again(self, exchange: Exchange, read_ns: int) -> None:
-        """What had been held back until the last late read?"""
+    def _look_for_held_back(self, exchange: Exchange) -> None:
+        """See `loadgen.late_reading.HeldBack`."""
+        read_ns = time.monotonic_ns()
+        if self.exchange is exchange and self.late and self.read():
+            loop = asyncio.get_running_loop()
+            loop.call_later(LOOK_S, self._note_held_back, exchange, read_ns)
+
+    def _note_held_back(self, exchange: Exchange, read_ns: int) -> None:
         if self.exchange is exchange and self.late:
             self.read()
             self.origin.held_back.note(read_ns, exchange.stream.last_token_ns or 0)
