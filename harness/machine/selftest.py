@@ -28,6 +28,7 @@ from loadgen.arrivals import poisson
 from loadgen.client import open_session
 from loadgen.drive import drive
 from loadgen.fidelity import MAX_LAG_MS as RUN_MAX_LAG_MS
+from loadgen.late_reading import LATE_S
 from loadgen.open_files import SPARE_FILE_DESCRIPTORS
 from loadgen.pacing import SECOND_NS
 from loadgen.request_record import RequestRecord
@@ -36,8 +37,8 @@ from loadgen.workers import usable_cores
 MAX_LAG_MS = RUN_MAX_LAG_MS / 2
 """99th percentile of the send lag: above it a rate is not reached; at twice as much a run is invalid."""
 MAX_READ_LAG_MS = 10.0
-"""The same of how much longer an answer's first token or its last took than the sink's intervals: above
-it reading falls behind. The first token is read as it comes, and waits with all else that is read."""
+"""The same of how much longer an answer's first token or its last took than the sink's intervals, or how
+much more than `LATE_S` after its last token an answer was taken in: above it reading falls behind."""
 TOKENS = 64
 INTERVAL_MS = 5.0
 LIGHT_RATE = 50.0
@@ -59,6 +60,8 @@ MOST_SINKS = 3
 SEED = 1
 
 Said = Callable[[str], None]
+Ended = tuple[RequestRecord, int]
+"""A record, and when it was had, ns of time.monotonic_ns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,7 @@ async def offered(
 ) -> Step:
     """One load driven to its end, as a run drives it."""
     body = json.dumps({"model": "sink", "prompt": [1], "max_tokens": tokens, "stream": True})
-    records: list[RequestRecord] = []
+    ended: list[Ended] = []
     for url in urls:
         await said_of(url)
     async with open_session() as session:
@@ -180,21 +183,30 @@ async def offered(
             np.tile([1, tokens, tokens], (len(arrival_s), 1)),
             seconds,
             time.monotonic_ns() + round(START_S * SECOND_NS),
-            records.append,
+            lambda record: ended.append((record, time.monotonic_ns())),
             drain_s=DRAIN_S,
         )
     said = [await said_of(url) for url in urls]
-    return step_of(records, len(arrival_s) / seconds, tokens, said)
+    return step_of(ended, len(arrival_s) / seconds, tokens, said)
 
 
 def step_of(
-    records: Sequence[RequestRecord], rate: float, tokens: int, said: Sequence[dict[str, Any]]
+    ended: Sequence[Ended], rate: float, tokens: int, said: Sequence[dict[str, Any]]
 ) -> Step:
-    """What became of a load: its records, and what the sinks ``said``."""
-    sent = sorted((r for r in records if r.sent_ns is not None), key=lambda r: r.scheduled_ns)
+    """What became of a load: its records, when each was had, and what the sinks ``said``."""
+    sent = sorted((r for r, _ in ended if r.sent_ns is not None), key=lambda r: r.scheduled_ns)
     lag_ms = [((r.sent_ns or 0) - r.scheduled_ns) / 1e6 for r in sent[COLD:] or sent]
-    whole = [r for r in sent if r.outcome == "completed" and r.output_tokens == tokens]
-    read_late_ms = [max(late_ms(r, 1), late_ms(r, tokens)) for r in whole]
+    whole = [
+        (r, had_ns) for r, had_ns in ended if r.outcome == "completed" and r.output_tokens == tokens
+    ]
+    read_late_ms = [
+        max(
+            late_ms(r, 1),
+            late_ms(r, tokens),
+            (had_ns - (r.last_token_ns or 0)) / 1e6 - 1e3 * LATE_S,
+        )
+        for r, had_ns in whole
+    ]
     p50, p99 = np.quantile(lag_ms, [0.5, 0.99]) if lag_ms else (np.inf, np.inf)
     return Step(
         rate=rate,
@@ -202,7 +214,7 @@ def step_of(
         lag_p99_ms=float(p99),
         read_lag_p99_ms=float(np.quantile(read_late_ms, 0.99)) if read_late_ms else np.inf,
         completed=len(whole),
-        offered=len(records),
+        offered=len(ended),
         tokens_per_s=rate * tokens,
         most_open=sum(one["open_most"] for one in said),
         sink_late_ms=max(one["late_p99_ms"] for one in said),

@@ -37,6 +37,7 @@ from harness.machine.selftest import (
     step_of,
 )
 from loadgen.records import Run
+from loadgen.late_reading import LATE_S
 from loadgen.request_record import RequestRecord
 from loadgen.workload import fixed
 
@@ -188,20 +189,26 @@ def test_a_machine_too_busy_for_any_rate_is_said(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("sent_late_ms", "first_late_ms", "read_late_ms", "outcome", "reached"),
+    ("sent_late_ms", "first_late_ms", "last_late_ms", "had_late_ms", "outcome", "reached"),
     [
-        (0.5, 1.0, 1.0, "completed", True),
-        (6.0, 1.0, 1.0, "completed", False),
-        (0.5, 50.0, 1.0, "completed", False),
-        (0.5, 1.0, 50.0, "completed", False),
-        (0.5, 1.0, 1.0, "failed", False),
+        (0.5, 1.0, 1.0, 0.0, "completed", True),
+        (6.0, 1.0, 1.0, 0.0, "completed", False),
+        (0.5, 50.0, 1.0, 0.0, "completed", False),
+        (0.5, 1.0, 50.0, 0.0, "completed", False),
+        (0.5, 1.0, 1.0, 50.0, "completed", False),
+        (0.5, 1.0, 1.0, 0.0, "failed", False),
     ],
 )
 def test_a_load_is_reached_when_it_is_sent_and_read_in_time(
-    sent_late_ms: float, first_late_ms: float, read_late_ms: float, outcome: Any, reached: bool
+    sent_late_ms: float,
+    first_late_ms: float,
+    last_late_ms: float,
+    had_late_ms: float,
+    outcome: Any,
+    reached: bool,
 ) -> None:
     first_ms = INTERVAL_MS + first_late_ms
-    took_ms = 64 * INTERVAL_MS + read_late_ms
+    took_ms = 64 * INTERVAL_MS + last_late_ms
     record = RequestRecord(
         id=0,
         scheduled_ns=0,
@@ -215,14 +222,15 @@ def test_a_load_is_reached_when_it_is_sent_and_read_in_time(
         prompt_tokens_reported=1,
         outcome=outcome,
     )
-    step = step_of([record], 100.0, 64, [{"open_most": 1, "late_p99_ms": 0.1}])
+    had_ns = round((sent_late_ms + took_ms + 1e3 * LATE_S + had_late_ms) * 1e6)
+    step = step_of([(record, had_ns)], 100.0, 64, [{"open_most": 1, "late_p99_ms": 0.1}])
     assert step.reached is reached
 
 
 def test_the_first_requests_open_connections_and_are_not_held_against_the_rate() -> None:
-    def sent_late(number: int, late_ms: float) -> RequestRecord:
+    def sent_late(number: int, late_ms: float) -> tuple[RequestRecord, int]:
         due_ns = number * 10_000_000
-        return RequestRecord(
+        record = RequestRecord(
             id=number,
             scheduled_ns=due_ns,
             sent_ns=due_ns + round(late_ms * 1e6),
@@ -235,6 +243,7 @@ def test_the_first_requests_open_connections_and_are_not_held_against_the_rate()
             prompt_tokens_reported=1,
             outcome="completed",
         )
+        return record, due_ns + round(1e9 * LATE_S)
 
     said = [{"open_most": 1, "late_p99_ms": 0.1}]
     cold = [sent_late(i, 6.0 if i < COLD else 0.2) for i in range(200)]
