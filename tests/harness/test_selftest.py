@@ -36,8 +36,8 @@ from harness.machine.selftest import (
     sinks,
     step_of,
 )
-from loadgen.records import Run
 from loadgen.late_reading import LATE_S
+from loadgen.records import Run
 from loadgen.request_record import RequestRecord
 from loadgen.workload import fixed
 
