@@ -12,9 +12,13 @@ from loadgen.kernel_time import KernelTime
 from loadgen.pacing import SECOND_NS, Alarm
 
 LATE_S = 0.4
-"""How long bytes wait in the kernel, which has room for some 450 tokens of a stream: more than come in
-this time. A stream that is faster is read as it comes, from its first late read on."""
+"""How long bytes wait in the kernel, which has room for 370 events of 300 bytes: more than come in this
+time."""
 LATE_NS = round(LATE_S * SECOND_NS)
+MOST_EVENTS_PER_S = 300.0
+MOST_BYTES_PER_S = 32_768 / LATE_S
+"""Of a stream. From 500 events a second on some ends come 10 to 20 ms late where nobody reads, as nobody
+acknowledges then and a server may send but ten packets ahead."""
 ROUND_S = 0.002
 """Between two rounds of reading."""
 MOST_IN_A_ROUND = 64
@@ -23,21 +27,29 @@ LOOKS = 16
 WITHIN_S = 0.05
 LOOK_S = 0.002
 AT_ONCE_NS = 500_000
+PACES = 16
+PACES_KEPT = 256
 
 
 @dataclass(slots=True)
-class HeldBack:
-    """Does a server hold small writes back until those before are acknowledged (no TCP_NODELAY)?
+class Streams:
+    """What is known of one server's streams: may they be read late?
 
-    Then nothing of it may be read late: a kernel whose bytes nobody reads acknowledges them up to
-    40 ms late. A read acknowledges at once, and what was held back arrives right after it: of `LOOKS`
-    reads, each `WITHIN_S` after a late one and at no particular time (tokens may come in step with the
-    late reads), it is noted how many had something arrive within `AT_ONCE_NS`. Of tokens 5 ms apart that
+    Not those of a server that holds small writes back until those before are acknowledged (no
+    TCP_NODELAY): a kernel whose bytes nobody reads acknowledges them up to 40 ms late. A read
+    acknowledges at once, and what was held back arrives right after it: of `LOOKS` reads, each
+    `WITHIN_S` after a first token and at no particular time (tokens may come in step with the
+    reads), it is noted how many had something arrive within `AT_ONCE_NS`. Of tokens 5 ms apart that
     are not held back one in ten does, of those that are some two in three.
+
+    Nor those that come so fast that they would fill the kernel's room, or wait for acknowledgements:
+    where one in three of all, at least `PACES`, did so.
     """
 
     looks: int = 0
     at_once: int = 0
+    paces: int = 0
+    fast: int = 0
 
     @property
     def open(self) -> bool:
@@ -45,25 +57,36 @@ class HeldBack:
         return self.looks < LOOKS
 
     @property
-    def so(self) -> bool:
-        """Is that what this server does?"""
-        return self.looks >= LOOKS and 3 * self.at_once >= self.looks
+    def late(self) -> bool:
+        """May they be read late?"""
+        held_back = not self.open and 3 * self.at_once >= self.looks
+        too_fast = self.paces >= PACES and 3 * self.fast >= self.paces
+        return not (held_back or too_fast)
 
     def note(self, read_ns: int, next_ns: int) -> None:
         """When a read was, and the last token known `LOOK_S` after it arrived."""
         self.looks += 1
         self.at_once += read_ns < next_ns < read_ns + AT_ONCE_NS
 
+    def note_pace(self, events: int, size_bytes: int, seconds: float) -> None:
+        """So much of a stream came in so many seconds after its first token."""
+        if seconds > WITHIN_S:
+            self.paces += 1
+            by_events, by_bytes = events / MOST_EVENTS_PER_S, size_bytes / MOST_BYTES_PER_S
+            self.fast += max(by_events, by_bytes) > seconds
+        if self.paces > PACES_KEPT:
+            self.paces, self.fast = self.paces // 2, self.fast // 2
+
 
 class Readable(Protocol):
     """What is read late."""
 
-    def read_late(self) -> bool:
-        """Take in what has come. Is there more to come, to be read as late?"""
+    def read_late(self, to_end: bool) -> bool:
+        """Take in what has come, with ``to_end`` also that nothing will. Is it to be read late again?"""
 
 
 class LateReading:
-    """Reads each of its connections `LATE_S` after it was read last, and sends what is due meanwhile.
+    """Reads each of what it has `LATE_S` after it was read last, and sends what is due meanwhile.
 
     ``possible``: only where the kernel notes when bytes arrive.
     """
@@ -77,9 +100,9 @@ class LateReading:
         """When each has its turn, in the order of time."""
         self._round: asyncio.TimerHandle | None = None
 
-    def add(self, connection: Readable, now_ns: int) -> None:
-        """Read it `LATE_S` from now, and again until there is no more to come."""
-        self._unread.append((now_ns + LATE_NS, connection))
+    def add(self, readable: Readable, now_ns: int) -> None:
+        """Read it `LATE_S` from now, and again until it wants no more."""
+        self._unread.append((now_ns + LATE_NS, readable))
         if self._round is None:
             self._round = self._loop.call_later(LATE_S, self._read_round)
 
@@ -87,7 +110,7 @@ class LateReading:
         """Read all of them now."""
         now_ns = time.monotonic_ns()
         for _ in range(len(self._unread)):
-            now_ns = self._read_next(now_ns)
+            now_ns = self._read_next(now_ns, to_end=True)
 
     def close(self) -> None:
         """Nothing is read any more."""
@@ -111,11 +134,11 @@ class LateReading:
                 wait_s = max(wait_s, ROUND_S) if wait_s > 0 else 0.0
                 self._round = self._loop.call_later(wait_s, self._read_round)
 
-    def _read_next(self, now_ns: int) -> int:
+    def _read_next(self, now_ns: int, to_end: bool = False) -> int:
         """Read the one whose turn it is, and send what is due; returns the time after that."""
-        _, connection = self._unread.popleft()
-        if connection.read_late():
-            self._unread.append((now_ns + LATE_NS, connection))
+        _, readable = self._unread.popleft()
+        if readable.read_late(to_end):
+            self._unread.append((now_ns + LATE_NS, readable))
         now_ns = time.monotonic_ns()
         if now_ns >= self._alarm.at_ns:
             self._alarm.go(now_ns)

@@ -26,8 +26,9 @@ from loadgen.exchange import (
     wants_key,
 )
 from loadgen.http_answer import Answer, BadAnswer
-from loadgen.kernel_time import READ_BYTES, NoStamp
-from loadgen.late_reading import LOOK_S, WITHIN_S, HeldBack, LateReading
+from loadgen.kernel_time import READ_BYTES
+from loadgen.late_reading import LOOK_S, WITHIN_S, LateReading, Streams
+from loadgen.pacing import SECOND_NS
 from loadgen.ready_sockets import READ, WRITE, ReadySockets
 from loadgen.request_record import Outcome, RequestRecord
 
@@ -49,7 +50,7 @@ class Origin:
     ready: int = 0
     """How many connections are to be open before they are needed."""
     connecting: int = 0
-    held_back: HeldBack = field(default_factory=HeldBack)
+    streams: Streams = field(default_factory=Streams)
 
     def next_waiting(self) -> Exchange | None:
         """The request that has waited longest, and waits no more."""
@@ -68,7 +69,7 @@ class Owner(Protocol):
     def new_socket(self, family: socket.AddressFamily) -> socket.socket:
         """A new one, that does not block. Raises OSError."""
 
-    def receive(self, own: socket.socket) -> tuple[bytes, int]:
+    def receive(self, own: socket.socket) -> tuple[bytes, int | None]:
         """See `loadgen.kernel_time.receive`."""
 
     def made(self, opening: Opening, own: socket.socket) -> None:
@@ -105,8 +106,12 @@ class Exchange:
     def close(self, outcome: Outcome) -> None:
         """End it so, unless what has come by now has its end."""
         if self.connection is not None:
-            self.connection.read()
+            self.connection.read(to_end=True)
         self.end(outcome)
+
+    def read_late(self, to_end: bool) -> bool:
+        """See `loadgen.late_reading.Readable`."""
+        return self.connection is not None and self.connection.read_late(self, to_end)
 
     def end(self, outcome: Outcome, error: str | None = None, reuse: bool = False) -> None:
         """Make the record; close the connection unless it may take another request."""
@@ -142,7 +147,8 @@ class Opening:
             try:
                 own = self._owner.new_socket(family)
             except OSError as error:
-                problem = error
+                # Without its traceback, which has this frame: nobody collects cycles while a load lasts.
+                problem = error.with_traceback(None)
                 continue
             code = own.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
@@ -182,12 +188,12 @@ class Connection:
         "answer",
         "complaint",
         "exchange",
-        "fast",
         "idle_since_ns",
         "late",
         "origin",
         "owner",
         "socket",
+        "taken",
         "unsent",
         "used",
     )
@@ -198,8 +204,8 @@ class Connection:
         self.socket = own
         self.late = False
         """Is it read late, and not when something comes?"""
-        self.fast = False
-        """Would what comes until it is read late be more than the kernel has room for?"""
+        self.taken = 0
+        """Bytes of the answer."""
         self.exchange: Exchange | None = None
         self.answer = Answer()
         self.complaint = b""
@@ -213,7 +219,7 @@ class Connection:
         self.used = True
         self.exchange = exchange
         exchange.connection = self
-        self.fast = False
+        self.taken = 0
         self.answer = Answer()
         self.complaint = b""
         body = exchange.request.body
@@ -251,48 +257,53 @@ class Connection:
             self._send_on()
         if not self.read():
             return
-        late = self.owner.late
+        late, streams = self.owner.late, self.origin.streams
         begun = exchange.stream.first_token_ns is not None
-        may = late.possible and not (self.fast or self.unsent or self.origin.held_back.so)
-        if begun and may:
+        if begun and late.possible and streams.late and not self.unsent:
             self.late = True
-            late.add(self, now_ns)
+            late.add(exchange, now_ns)
+            if streams.open:
+                soon_s = random.uniform(0.0, WITHIN_S)
+                asyncio.get_running_loop().call_later(soon_s, self._look_at_stream, exchange)
         else:
             self.owner.sockets.wait(self.socket.fileno(), READ | WRITE if self.unsent else READ)
 
-    def read_late(self) -> bool:
-        """See `loadgen.late_reading.Readable`."""
-        exchange, held_back = self.exchange, self.origin.held_back
-        if exchange is None or not (self.late and self.read()):
+    def read_late(self, exchange: Exchange, to_end: bool) -> bool:
+        """Read what has come of an answer that is read late. Is it to be read late again?"""
+        if not self.late:
             return False
-        if self.fast or held_back.so:
+        more = self.read(to_end)
+        stream, streams = exchange.stream, self.origin.streams
+        until_ns = time.monotonic_ns() if more else stream.last_token_ns or 0
+        took_s = (until_ns - (stream.first_token_ns or 0)) / SECOND_NS
+        streams.note_pace(stream.content_events, self.taken, took_s)
+        if more and not streams.late:
             self.late = False
             self.owner.sockets.wait(self.socket.fileno(), READ)
-        elif held_back.open:
-            soon_s = random.uniform(0.0, WITHIN_S)
-            asyncio.get_running_loop().call_later(soon_s, self._look_for_held_back, exchange)
-        return self.late
+        return more and self.late
 
-    def read(self) -> bool:
-        """Take in what has come. Is there more to come?"""
+    def read(self, to_end: bool = False) -> bool:
+        """Take in what has come, with ``to_end`` also that nothing will. Is there more to come?"""
         exchange = self.exchange
         while exchange is not None and not exchange.over:
             try:
                 data, at_ns = self.owner.receive(self.socket)
             except BlockingIOError:
                 return True
-            except NoStamp as problem:
-                exchange.end("failed", in_short(problem))
             except OSError as problem:
                 self._closed(problem)
             else:
                 if data:
+                    if at_ns is None:
+                        # The kernel has too little room to keep what it knows.
+                        at_ns = time.monotonic_ns()
+                        self.origin.streams.fast += 1
+                    self.taken += len(data)
                     stream = exchange.stream
                     before_ns = stream.last_token_ns or stream.sent_ns or 0
                     self._take(exchange, data, max(at_ns, before_ns))
-                    if len(data) < READ_BYTES:
+                    if len(data) < READ_BYTES and not to_end and self.answer.part != "to the end":
                         return not exchange.over
-                    self.fast = True
                 else:
                     self._closed(None)
         return False
@@ -305,17 +316,17 @@ class Connection:
             self.socket.close()
             self.owner.lost(self)
 
-    def _look_for_held_back(self, exchange: Exchange) -> None:
-        """See `loadgen.late_reading.HeldBack`."""
+    def _look_at_stream(self, exchange: Exchange) -> None:
+        """See `loadgen.late_reading.Streams`."""
         read_ns = time.monotonic_ns()
         if self.exchange is exchange and self.late and self.read():
             loop = asyncio.get_running_loop()
-            loop.call_later(LOOK_S, self._note_held_back, exchange, read_ns)
+            loop.call_later(LOOK_S, self._note_look, exchange, read_ns)
 
-    def _note_held_back(self, exchange: Exchange, read_ns: int) -> None:
+    def _note_look(self, exchange: Exchange, read_ns: int) -> None:
         if self.exchange is exchange and self.late:
             self.read()
-            self.origin.held_back.note(read_ns, exchange.stream.last_token_ns or 0)
+            self.origin.streams.note(read_ns, exchange.stream.last_token_ns or 0)
 
     def _look_at_idle(self) -> None:
         """The server closed it, or says what nobody asked for."""

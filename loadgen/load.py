@@ -128,7 +128,8 @@ class Load:
     async def stop(self) -> None:
         """Stop what is in flight; each request has its record when this returns."""
         self.alarm.set(NEVER_NS)
-        for flight in list(self.flying.values()):
+        # The last sent first: one that waits for a connection must not get that of another.
+        for flight in reversed(list(self.flying.values())):
             flight.stop()
         while self.flying and self.problem is None:
             self.changed.clear()
