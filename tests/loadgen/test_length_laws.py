@@ -103,6 +103,7 @@ def test_truncation_conditions_on_the_bounds() -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0.1, 3.0))
 @example(seed=1522925, bins=40, power=2.7955568661969616)
+@example(seed=1027, bins=39, power=1.0)
 @settings(max_examples=60, deadline=None)
 def test_bins_keep_total_mean_and_second_moment(seed: int, bins: int, power: float) -> None:
     rng = np.random.default_rng(seed)
