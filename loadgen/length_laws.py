@@ -57,8 +57,8 @@ def binned(values: Ints, probability: Floats, bins: int = BINS) -> Binned:
     share = probability / probability.sum() + probability * x**2 / (probability @ x**2)
     middle = (np.cumsum(share) - share / 2) / 2
     # Rounding must not put the last lengths in a bin of their own.
-    bin_of = np.minimum(np.floor(middle * bins).astype(np.int64), bins - 1)
-    _, start, member = np.unique(bin_of, return_index=True, return_inverse=True)
+    place = np.minimum(np.floor(middle * bins).astype(np.int64), bins - 1)
+    _, start, member = np.unique(place, return_index=True, return_inverse=True)
     total: Floats = np.bincount(member, probability).astype(float)
     first, last = values[start], values[np.append(start[1:], len(values)) - 1]
     # Rounding must not put the mean of a bin outside of it.
