@@ -80,7 +80,7 @@ async def drive(
         urls=urls,
         scheduled_ns=schedule_ns(arrival_s, start_ns).tolist(),
         bodies=list(bodies),
-        lengths=lengths.tolist(),
+        lengths=lengths.ravel().tolist(),
         start_ns=start_ns,
         end_ns=start_ns + round(horizon_s * SECOND_NS),
         on_record=on_record,
@@ -146,7 +146,7 @@ def extend(
     require_schedule(arrival_s - begin_s, bodies, lengths, end_s - begin_s)
     require_file_descriptors(len(load.flying) + len(arrival_s))
     load.bodies.extend(bodies)
-    load.lengths.extend(lengths.tolist())
+    load.lengths.extend(lengths.ravel().tolist())
     load.scheduled_ns.extend(schedule_ns(arrival_s, load.start_ns).tolist())
     load.end_ns = load.start_ns + round(end_s * SECOND_NS)
     load.set_alarm()

@@ -33,8 +33,9 @@ class Load:
     urls: Sequence[str]
     scheduled_ns: list[int]
     bodies: list[bytes]
-    lengths: list[list[int]]
-    """Prompt, output and declared max_tokens of each arrival."""
+    lengths: list[int]
+    """Prompt, output and declared max_tokens of the first arrival, then of the second, and so on: a list
+    for each would take a second to make for a million of them."""
     start_ns: int
     end_ns: int
     on_record: Callable[[RequestRecord], None]
@@ -166,7 +167,7 @@ class Load:
 
     def _request(self, index: int) -> Request:
         id = index if self.ids is None else self.ids[index]
-        prompt_tokens, output_tokens, max_tokens = self.lengths[index]
+        prompt_tokens, output_tokens, max_tokens = self.lengths[3 * index : 3 * index + 3]
         return Request(
             id=id,
             url=self.urls[id % len(self.urls)],

@@ -43,7 +43,7 @@ class Slice:
     ids: Sequence[int]
     due_ns: Sequence[int]
     bodies: list[bytes]
-    lengths: list[list[int]]
+    lengths: list[int]
     end_ns: int
     expected_in_flight: int
     drain_s: float

@@ -135,7 +135,7 @@ async def ready_workers(
             ids=range(index, len(arrival_s), count),
             due_ns=due_ns[index::count].tolist(),
             bodies=list(bodies[index::count]),
-            lengths=lengths[index::count].tolist(),
+            lengths=lengths[index::count].ravel().tolist(),
             end_ns=round(horizon_s * SECOND_NS),
             expected_in_flight=part_in_flight(each, count, len(arrival_s)),
             drain_s=drain_s,

@@ -62,7 +62,7 @@ class Watch:
             (r.prompt_tokens, r.output_tokens, r.first_token_ns, r.last_token_ns) for r in fresh
         )
         under_way = _served(
-            (load.lengths[index][0], _received(stream), stream.first_token_ns, now_ns)
+            (load.lengths[3 * index], _received(stream), stream.first_token_ns, now_ns)
             for index, stream in load.streams.items()
         )
         seen = self.ended + under_way

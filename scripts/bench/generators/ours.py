@@ -94,7 +94,7 @@ async def on_aiohttp(
             urls=urls,
             scheduled_ns=schedule_ns(arrival_s, start_ns).tolist(),
             bodies=requests,
-            lengths=lengths.tolist(),
+            lengths=lengths.ravel().tolist(),
             start_ns=start_ns,
             end_ns=start_ns + round(seconds * SECOND_NS),
             on_record=on_record,
